@@ -1,0 +1,1519 @@
+"""mha2gqa: turn a multi-head-attention LLaMA checkpoint into a grouped-query-attention one.
+
+    python mha2gqa.py MODEL OUT --kv-heads 8 --text c4.jsonl
+
+In multi-head attention (MHA) every query head has a key and a value head of its own, and all of
+them wait in the KV cache. In grouped-query attention (GQA) a group of query heads shares one key
+and one value head. The plain way from one to the other is to average the heads of a group
+(Ainslie et al. 2023); it hurts, because the heads of a trained model live in bases that have
+nothing to do with each other. But a head's basis is arbitrary: turn its values and turn the output
+projection back, turn its keys and its queries alike, and the model computes the same. So, after
+"Align Attention Heads Before Merging Them" (Jin et al. 2024, arXiv 2412.20677), this file
+
+    reads a checkpoint (1) into a LLaMA (2), watches keys and values on some text (3), finds the
+    rotations under which two heads agree best (4), puts heads that agree into groups (5), turns
+    them, averages them (6), and writes a plain GQA checkpoint, block by block (9).
+
+Two things in one file for the trainer beside it: the masks (7) and the losses (8).
+
+Shape suffixes: B batch, T time, N calibration tokens, L layers, D hidden, H query heads, K source
+KV heads, G target KV heads, M units a group, E head dim, P = E/2 RoPE planes, V vocabulary.
+A *unit* is one source KV head with the H/K query heads that read it; a group is M = K/G units.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gzip
+import json
+import lzma
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- 1 config and checkpoints --------------------------------------------------------------------
+
+# The block of these model types is LLaMA's. Qwen2 has biases on q, k and v by definition.
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+# What other architectures call the tensors that this one does not have.
+FOREIGN_TENSORS = {
+    "q_norm": "QK-norm",
+    "k_norm": "QK-norm",
+    "qkv_proj": "fused qkv",
+    "W_pack": "fused qkv",
+    "c_attn": "fused qkv",
+    "query_key_value": "fused qkv",
+    "kv_a_proj": "multi-head latent attention (MLA)",
+    "qweight": "quantised weights",
+    "weight_scale": "quantised weights",
+}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """A model's shape; the fields are config.json's own keys (defaults: transformers' for llama).
+
+    `num_key_value_heads` None means MHA, `head_dim` None means hidden_size / num_attention_heads.
+    `rope_scaling` is None or a dict with `rope_type` linear or llama3 and that type's fields.
+    `raw` is config.json as it was read: `to_json` gives it back with its unknown keys.
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping | None = None
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    model_type: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    raw: Mapping = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim",
+                     "max_position_embeddings"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a positive integer")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, but RoPE needs an even one")
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.model_type == "qwen2" or self.o_bias
+
+    @property
+    def o_bias(self) -> bool:
+        return self.model_type == "llama" and self.attention_bias
+
+    def to_json(self) -> dict:
+        """The content of config.json: what was read, with only num_key_value_heads changed."""
+        if self.raw:
+            return {**self.raw, "num_key_value_heads": self.num_key_value_heads}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+        architecture = names[self.model_type] + "ForCausalLM"
+        return {"architectures": [architecture], **{k: v for k, v in fields.items() if k != "raw"}}
+
+
+def parse_config(raw: Mapping) -> LlamaConfig:
+    """The config of a parsed config.json; raises ValueError that names what is not supported."""
+    refuse_unsupported(raw)
+    # Old files keep rope_theta at the top and the rest in rope_scaling, new ones all in
+    # rope_parameters; transformers lets rope_scaling win, and the nested rope_theta.
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    kind = rope.setdefault("rope_type", rope.get("type", "default"))
+    missing = [name for name in ROPE_FIELDS.get(kind, ()) if not is_number(rope.get(name))]
+    if kind not in ROPE_FIELDS or missing:
+        why = f"lacks {', '.join(missing)}" if missing else f"is none of {', '.join(ROPE_FIELDS)}"
+        raise ValueError(f"rope type {kind!r} {why}")
+    known = {f.name for f in dataclasses.fields(LlamaConfig)} - {"raw", "rope_scaling"}
+    fields = {name: raw[name] for name in known & raw.keys()}
+    fields["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    required = [f.name for f in dataclasses.fields(LlamaConfig) if f.default is f.default_factory]
+    absent = [name for name in required if name not in fields]
+    if absent:
+        raise ValueError(f"no {', '.join(absent)}")
+    return LlamaConfig(**fields, rope_scaling=None if kind == "default" else rope, raw=raw)
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def refuse_unsupported(raw: Mapping) -> None:
+    """Raise ValueError for what makes a model another one than LLaMA's block computes."""
+    kind = raw.get("model_type")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    layer_types = raw.get("layer_types") or []
+    # subtle: a mistral config without the key has a window of 4096 in transformers.
+    window = kind == "mistral" and raw.get("sliding_window", 4096) is not None
+    window |= kind == "qwen2" and bool(raw.get("use_sliding_window"))
+    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1
+    found = {
+        f"model_type {kind!r} (supported: {', '.join(MODEL_TYPES)})": kind not in MODEL_TYPES,
+        f"hidden_act {raw.get('hidden_act')!r} (supported: silu)":
+            raw.get("hidden_act", "silu") != "silu",
+        "quantised weights (quantization_config)": bool(raw.get("quantization_config")),
+        "QK-norm": any(raw.get(key) for key in ("use_qk_norm", "qk_norm", "qk_layernorm")),
+        "multi-head latent attention (MLA)": bool(raw.get("kv_lora_rank")),
+        "partial rotary embedding": partial != 1,
+        "one RoPE for each layer type": any(isinstance(v, Mapping) for v in rope.values()),
+        "sliding window": window or any(t != "full_attention" for t in layer_types),
+    }  # fmt: skip
+    for what, is_there in found.items():
+        if is_there:
+            raise ValueError(f"not supported: {what}")
+
+
+def load_checkpoint(path: str | os.PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """Read a Hugging Face model directory: `(config, weights)`, weights by parameter name.
+
+    The tensors are mapped from their files, so that a page is read when it is first used and
+    costs no anonymous memory: take what you need, when you need it. Names and shapes are those of
+    `Llama(config)`; left-over `rotary_emb.inv_freq` and a stored copy of tied embeddings are dropped.
+    Raises ValueError, with the file and what to do, for anything that is not such a checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such directory")
+    raw = read_json(folder / "config.json")
+    try:
+        config = parse_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    weights = {}
+    for file in weight_files(folder):
+        weights |= read_tensors(file)
+    try:
+        weights = tidy_weights(config, weights)
+        check_weights(config, weights)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return config, weights
+
+
+def read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's weight files: safetensors if there are any, else pytorch_model*.bin."""
+    for index, pattern in (
+        ("model.safetensors.index.json", "*.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+    ):
+        if (folder / index).is_file():
+            weight_map = read_json(folder / index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{folder / index}: expected a weight_map of names to files")
+            names = sorted({str(name) for name in weight_map.values()})
+            for name in names:
+                # By name, not by resolved path: a hub cache is full of honest symbolic links.
+                if Path(name).name != name or name in ("", ".", ".."):
+                    raise ValueError(f"{folder / index}: names a file outside the directory: {name}")
+            return [folder / name for name in names]
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise ValueError(f"{folder}: no *.safetensors and no pytorch_model*.bin")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of one weight file, mapped and not read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise ValueError(f"{file}: missing, though the index names it; download it again")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        mapped = zipfile.is_zipfile(file)  # older files, which are no archives, are read whole
+        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{file}: truncated or corrupt ({reason}); download it again") from None
+
+
+def tidy_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without what old files carry along; one name for tied embeddings."""
+    weights = {n: w for n, w in weights.items() if not n.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        # A file may hold both of the tied tensors, or only one of them, under either name.
+        head = weights.pop("lm_head.weight")
+        if not torch.equal(weights.setdefault("model.embed_tokens.weight", head), head):
+            raise ValueError(
+                "tie_word_embeddings is true, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set it to false, or remove lm_head.weight"
+            )
+    return weights
+
+
+def check_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the names, shapes and dtypes are those of `Llama(config)`."""
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in Llama(config).named_parameters()}
+    for name in weights.keys() - expected.keys():
+        for part, what in FOREIGN_TENSORS.items():
+            if part in name:
+                raise ValueError(f"not supported: {what} ({name})")
+    for what, names in (
+        ("unknown tensor", weights.keys() - expected.keys()),
+        ("missing tensor", expected.keys() - weights.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{what} {min(names)}{more}; is config.json this checkpoint's?")
+    for name, shape in expected.items():
+        weight = weights[name]
+        if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+            kind = getattr(weight, "dtype", type(weight).__name__)
+            raise ValueError(f"tensor {name} is {kind}, expected one of float16, bfloat16, float32")
+        if weight.shape != shape:
+            found, wanted = list(weight.shape), list(shape)
+            raise ValueError(f"tensor {name} has shape {found}, expected {wanted} from config.json")
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer_from: str | os.PathLike | None = None,
+) -> None:
+    """Write a Hugging Face directory: a safetensors shard for each block, index, config.json.
+
+    `tokenizer_from` is a directory whose tokenizer and generation files are copied. `path` is there
+    whole or not at all: all is written into a sibling and renamed. Raises ValueError if `path`
+    exists and is not empty or the disk is too small, OSError if writing fails.
+    """
+    check_weights(config, weights)
+    blocks = [block_weights(weights, i) for i in range(config.num_hidden_layers)]
+    with new_directory(path, n_bytes(weights.values())) as folder:
+        for i, block in enumerate(blocks):
+            save_shard(folder, config, i, {block_prefix(i) + n: w for n, w in block.items()})
+        save_shard(folder, config, len(blocks), outer_weights(weights))
+        finish_checkpoint(folder, config, tokenizer_from)
+
+
+def block_prefix(i: int) -> str:
+    return f"model.layers.{i}."
+
+
+def block_weights(weights: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
+    """The weights of block i, named as the block itself names them."""
+    prefix = block_prefix(i)
+    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+
+
+def outer_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Embedding, last norm and head."""
+    return {n: w for n, w in weights.items() if not n.startswith("model.layers.")}
+
+
+def n_bytes(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def save_shard(folder: Path, config: LlamaConfig, i: int, weights: Mapping[str, Tensor]) -> None:
+    """Write shard i of L + 1: block i, or for i = L what stands outside the blocks."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    file = folder / f"model-{i + 1:05d}-of-{config.num_hidden_layers + 1:05d}.safetensors"
+    try:
+        save_file({n: w.contiguous().cpu() for n, w in weights.items()}, file, {"format": "pt"})
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"{file.name}: cannot be written ({error})") from None
+
+
+def finish_checkpoint(folder: Path, config: LlamaConfig, tokenizer_from=None) -> None:
+    """Write the index of the shards in `folder` and config.json; copy the tokenizer's files."""
+    from safetensors import safe_open
+
+    weight_map, total = {}, 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            weight_map |= {name: file.name for name in shard.keys()}
+            total += n_bytes(shard.get_tensor(name) for name in shard.keys())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "config.json", config.to_json())
+    for pattern in COPIED if tokenizer_from else ():
+        for file in sorted(Path(tokenizer_from).glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def write_json(file: Path, value) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_new_directory(path: Path, size: int) -> None:
+    """Raise ValueError unless a directory of `size` bytes can be made at `path`."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: exists and is not an empty directory; choose another one")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such directory to write {path.name} into")
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise ValueError(f"{path.parent}: {size:,} bytes are needed, {free:,} are free on the disk")
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike, size: int = 0) -> Iterator[Path]:
+    """A directory to write into, that becomes `path` if the with block ends well and vanishes if not.
+
+    Raises ValueError as `check_new_directory` says.
+    """
+    path = Path(os.path.abspath(path))
+    check_new_directory(path, size)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+# ---- 2 the model ---------------------------------------------------------------------------------
+
+
+class Llama(nn.Module):
+    """LLaMA with the parameter names of its Hugging Face checkpoints, MHA or GQA.
+
+    `Llama(config).load_state_dict(weights)` takes what `load_checkpoint` gave.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, tokens_BT: Tensor, document_BT: Tensor | None = None, logits: bool = True
+    ) -> Tensor:
+        """Logits (B, T, V), or with `logits=False` the normed hidden states (B, T, D) below the head.
+
+        `document_BT` numbers the documents of packed rows: attention and positions then never
+        cross from one document into its neighbour. None: each row is one document.
+        """
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        rope, mask = rope_and_mask(self.config, tokens_BT, document_BT, x_BTD.dtype)
+        for block in self.model.layers:
+            x_BTD = block(x_BTD, rope, mask)
+        x_BTD = self.model.norm(x_BTD)
+        if not logits:
+            return x_BTD
+        tied = self.config.tie_word_embeddings
+        return F.linear(x_BTD, (self.model.embed_tokens if tied else self.lm_head).weight)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD, rope, mask=None):
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Attention(nn.Module):
+    """Query head h reads KV head h // (H/K)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim, bias = config.head_dim, config.qkv_bias
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+
+    def forward(self, x_BTD, rope, mask=None):
+        def heads(y):  # (B, T, heads·E) -> (B, heads, T, E)
+            return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        q_BHTE = apply_rope(heads(self.q_proj(x_BTD)), rope)
+        k_BKTE = apply_rope(heads(self.k_proj(x_BTD)), rope)
+        y_BHTE = F.scaled_dot_product_attention(
+            q_BHTE, k_BKTE, heads(self.v_proj(x_BTD)), mask, is_causal=mask is None, enable_gqa=True
+        )
+        return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias and config.model_type == "llama")
+        self.up_proj = nn.Linear(hidden, inner, bias=bias and config.model_type == "llama")
+        self.down_proj = nn.Linear(inner, hidden, bias=bias and config.model_type == "llama")
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
+    """RoPE's θ_p (P,), radians a position, in float32 as transformers has them."""
+    exponent_P = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    theta_P = 1.0 / config.rope_theta**exponent_P
+    rope = config.rope_scaling or {}
+    if rope.get("rope_type") == "linear":
+        return theta_P / rope["factor"]
+    if rope.get("rope_type") == "llama3":
+        # Long waves are slowed by the factor, short ones kept, those between blended.
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns_P = rope["original_max_position_embeddings"] * theta_P / (2 * math.pi)
+        keep_P = ((turns_P - low) / (high - low)).clamp(0, 1)
+        return (1 - keep_P) * theta_P / rope["factor"] + keep_P * theta_P
+    return theta_P
+
+
+def rope_and_mask(config, tokens_BT, document_BT=None, dtype=torch.float32):
+    """((cos, sin) of shape (B or 1, 1, T, P), attention mask (B, 1, T, T) or None for plain causal).
+
+    subtle: computed here from the config at every call, since a buffer would be lost on the way
+    meta device -> to_empty -> load, and angles rounded to bf16 would be wrong.
+    """
+    time_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    position_BT, mask = time_T[None], None
+    if document_BT is not None:
+        same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+        position_BT = time_T - same_BTT.int().argmax(-1)  # argmax: the document's first column
+        mask = (same_BTT & (time_T[:, None] >= time_T))[:, None]
+    angle = position_BT[:, None, :, None].float() * inverse_frequencies(config, time_T.device)
+    return (angle.cos().to(dtype), angle.sin().to(dtype)), mask
+
+
+def apply_rope(x_BHTE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn plane p, the complex number x_p + i·x_(p + E/2), by exp(i·position·θ_p)."""
+    (x, y), (cos, sin) = x_BHTE.chunk(2, dim=-1), rope
+    return torch.cat([x * cos - y * sin, y * cos + x * sin], dim=-1)
+
+
+# ---- 3 calibration -------------------------------------------------------------------------------
+
+
+def read_documents(path: str | os.PathLike) -> list[str]:
+    """A text file's documents: the "text" of each JSONL record, or the whole of any other file.
+
+    .gz and .xz are unpacked. Raises ValueError with file and line for what cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
+    kind = Path(path.stem).suffix if unpack else path.suffix
+    try:
+        with (unpack or open)(path, "rt", encoding="utf-8") as file:
+            if kind in (".jsonl", ".json"):
+                lines = enumerate(file, 1)
+                documents = [record_text(path, n, line) for n, line in lines if line.strip()]
+            else:
+                documents = [file.read()]
+    except (UnicodeError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    documents = [text for text in documents if text.strip()]
+    if not documents:
+        raise ValueError(f"{path}: holds no text")
+    return documents
+
+
+def record_text(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError(f'{path}, line {number}: expected an object with a "text" string')
+    return record["text"]
+
+
+def load_tokenizer(path: str | os.PathLike) -> Callable[[list[str]], list[list[int]]]:
+    """The function from texts to token ids of a model directory, BOS as its files say, no EOS.
+
+    `tokenizer.json` puts BOS by its own post-processor; with `tokenizer.model` BOS comes first
+    unless tokenizer_config.json has add_bos_token false. Raises ValueError without either.
+    """
+    folder = Path(path)
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizers(folder / "tokenizer.json")
+    if (folder / "tokenizer.model").is_file():
+        return load_sentencepiece(folder / "tokenizer.model", folder / "tokenizer_config.json")
+    raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
+
+
+def load_tokenizers(file: Path) -> Callable[[list[str]], list[list[int]]]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file}: cannot be read ({error})") from None
+    # subtle: a tokenizer.json may have been saved with a truncation to a few hundred tokens.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+
+def load_sentencepiece(file: Path, config_file: Path) -> Callable[[list[str]], list[list[int]]]:
+    import sentencepiece
+
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    try:
+        tokenizer.Load(str(file))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from None
+    settings = read_json(config_file) if config_file.is_file() else {}
+    add_bos = settings.get("add_bos_token") is not False
+    return lambda texts: tokenizer.encode(texts, add_bos=add_bos)
+
+
+def pack_rows(
+    documents: Sequence[str],
+    encode: Callable[[list[str]], list[list[int]]],
+    config: LlamaConfig,
+    n_tokens: int,
+    seq_len: int,
+    seed: int,
+) -> Tensor:
+    """Token rows (rows, seq_len) of documents shuffled by the seed, each closed by EOS, end to end.
+
+    At most `n_tokens` tokens; what does not fill a row is left. Raises ValueError for a token that
+    the model does not have.
+    """
+    eos = config.eos_token_id
+    end = [] if eos is None else [eos if isinstance(eos, int) else eos[0]]
+    documents = random.Random(seed).sample(documents, len(documents))
+    ids, read = [np.zeros(0, np.int64)], 0
+    for i in range(0, len(documents), 64):
+        if read >= n_tokens:
+            break
+        for tokens in encode(documents[i : i + 64]):
+            ids.append(np.array(tokens + end, np.int64))
+            read += len(ids[-1])
+    stream = np.concatenate(ids)[:n_tokens]
+    if len(stream) and stream.max() >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {stream.max()}, but the model's vocabulary has only "
+            f"{config.vocab_size}; do the tokenizer files belong to this model?"
+        )
+    n_rows = len(stream) // seq_len
+    return torch.from_numpy(stream[: n_rows * seq_len].reshape(n_rows, seq_len))
+
+
+def text_rows(
+    model_dir: str | os.PathLike,
+    config: LlamaConfig,
+    text: Sequence[str | os.PathLike],
+    eval_text: Sequence[str | os.PathLike] = (),
+    tokens: int = 262_144,
+    seq_len: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(calibration rows, held-out rows), both (rows, seq_len), of `tokens` tokens of the text files.
+
+    Held out are the rows of `eval_text` or else the last 10 % of those read, and never more than
+    65,536 tokens. `seq_len` is min(2048, max_position_embeddings) unless given. Warns if the text
+    is shorter than `tokens`; raises ValueError for bad files or too little text.
+    """
+    limit = config.max_position_embeddings
+    seq_len = min(2048, limit) if seq_len is None else seq_len
+    if not 2 <= seq_len <= limit:
+        raise ValueError(f"sequence length {seq_len}: expected 2 to {limit} for this model")
+    if tokens < 2 * seq_len:
+        raise ValueError(f"{tokens} tokens: expected at least two rows of {seq_len}")
+    encode = load_tokenizer(model_dir)
+
+    def rows(files, n_tokens):
+        documents = [document for file in files for document in read_documents(file)]
+        return pack_rows(documents, encode, config, n_tokens, seq_len, seed)
+
+    held_out = rows(eval_text, 65_536 // seq_len * seq_len or seq_len) if eval_text else None
+    calibration = rows(text, tokens)
+    if len(calibration) < tokens // seq_len:
+        warnings.warn(f"the text has {calibration.numel():,} tokens in rows of {seq_len}, "
+                      f"fewer than the {tokens:,} asked for: using those", stacklevel=2)  # fmt: skip
+    if held_out is None:
+        n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
+        calibration, held_out = calibration[:-n], calibration[-n:]
+    if not len(held_out) or (text and not len(calibration)):
+        raise ValueError(
+            f"too little text to fill a row of {seq_len} tokens for calibration and another one "
+            "held out; give more text or a smaller sequence length"
+        )
+    return calibration, held_out
+
+
+def value_gram(v_NKE: Tensor) -> Tensor:
+    """Gram blocks C_ij = Σ_n v_i[n] v_j[n]ᵀ of all pairs of heads: (K, K, E, E)."""
+    n, k, e = v_NKE.shape
+    v = v_NKE.reshape(n, k * e)
+    return (v.T @ v).view(k, e, k, e).transpose(1, 2)
+
+
+def key_gram(k_NKE: Tensor) -> Tensor:
+    """Hermitian M_p[i, j] = Σ_n z_i[n] conj(z_j[n]) of each RoPE plane: complex (P, K, K).
+
+    z_p = k_p + i·k_(p + E/2). The same before and after RoPE, which turns both heads alike.
+    """
+    z_PKN = torch.complex(*k_NKE.chunk(2, dim=-1)).permute(2, 1, 0)
+    return z_PKN @ z_PKN.mH
+
+
+@contextlib.contextmanager
+def watched(block: "Block", config: LlamaConfig, metric: str) -> Iterator[dict[str, Tensor]]:
+    """Within the with block, sums the "key" and "value" Grams of all that runs through `block`.
+
+    `metric` "cos" brings every head's vector to length 1 first (eq. 7, 8), "dist" takes it as it is.
+    Products of some thousand tokens are made in the model's dtype, their sums in float64.
+    """
+    grams = {"key": 0, "value": 0}
+
+    def add(name, gram, sum_dtype):
+        def hook(_module, _inputs, y_BTF):
+            y_NKE = y_BTF.flatten(0, 1).unflatten(-1, (-1, config.head_dim))
+            y_NKE = F.normalize(y_NKE, dim=-1) if metric == "cos" else y_NKE
+            grams[name] = grams[name] + gram(y_NKE).to(sum_dtype)
+
+        return hook
+
+    hooks = (
+        block.self_attn.k_proj.register_forward_hook(add("key", key_gram, torch.complex128)),
+        block.self_attn.v_proj.register_forward_hook(add("value", value_gram, torch.float64)),
+    )
+    try:
+        yield grams
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---- 4 alignment ---------------------------------------------------------------------------------
+
+
+def polar(a: Tensor) -> Tensor:
+    """The unitary q of shape (…, E, E) with the greatest Re⟨a, q⟩: U Vᴴ of a = U S Vᴴ.
+
+    Of a single number, which is what a head has in a RoPE plane, it is the phase a/|a|.
+    """
+    if a.shape[-1] == 1:
+        return torch.polar(torch.ones_like(a.real), a.angle())
+    u, _, vh = torch.linalg.svd(a)
+    return u @ vh
+
+
+def procrustes(a_NE: Tensor, b_NE: Tensor) -> Tensor:
+    """The orthogonal q (E, E) with the least ‖a q − b‖ (Schönemann 1966; eq. 5, 6).
+
+    Raises ValueError unless a and b are matrices of one shape.
+    """
+    check_pair(a_NE, b_NE)
+    return polar(a_NE.mT @ b_NE)
+
+
+def rope_procrustes(a_NE: Tensor, b_NE: Tensor) -> Tensor:
+    """The same among the rotations that commute with RoPE: one angle for each plane (eq. 14).
+
+    Returns q (E, E) for a q ≈ b. Plane p is dims (p, p + E/2), as in Hugging Face checkpoints.
+    Raises ValueError unless a and b are matrices of one shape with an even E.
+    """
+    check_pair(a_NE, b_NE)
+    if a_NE.shape[1] % 2:
+        raise ValueError(f"E is {a_NE.shape[1]}, but RoPE needs an even one")
+    gram_P22 = key_gram(torch.stack([b_NE, a_NE], dim=1))
+    c_P = polar(gram_P22[:, 0, 1, None, None]).flatten()  # the phase of Σ b conj(a)
+    cos, sin = c_P.real.diag(), c_P.imag.diag()
+    return torch.cat([torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)])
+
+
+def check_pair(a_NE: Tensor, b_NE: Tensor) -> None:
+    if a_NE.ndim != 2 or a_NE.shape != b_NE.shape:
+        found = f"{list(a_NE.shape)} and {list(b_NE.shape)}"
+        raise ValueError(f"expected two matrices (N, E) of one shape, found {found}")
+
+
+def inner_products(gram: Tensor, maps: Tensor) -> Tensor:
+    """Re⟨Y_i, Y_j⟩ (…, M, M) of the mapped heads Y_i = X_i q_i: Re tr(q_iᴴ C_ij q_j)."""
+    left = maps.mH[..., :, None, :, :] @ gram  # (…, M, M, E, E)
+    return (left * maps.mT[..., None, :, :, :]).sum((-1, -2)).real
+
+
+def generalized_procrustes(
+    gram: Tensor, rope: bool = False, tolerance: float = 1e-10, max_rounds: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Turn the M heads of a group so that they agree best (algorithm 1, in Gram space).
+
+    gram: (…, M, M, E, E) real, blocks C_ij = X_iᵀ X_j; with rope=True (…, P, M, M) complex,
+    Σ_n z_i conj(z_j), a problem of its own for each plane. Leading dims are independent problems.
+    Returns (maps, objective history). maps: (…, M, E, E) orthogonal, X_i q_i agree, or (…, P, M)
+    complex of modulus 1, c_i z_i agree; the first head's map is the identity. history: (rounds + 1,
+    …) or (rounds + 1, …, P) values of Σ_(i<j) ⟨Y_i, Y_j⟩, which never fall.
+    Raises ValueError for a Gram of another shape.
+
+    One round turns each head in turn onto the sum of the others, as they now stand: an exact
+    maximum in that head's map. Algorithm 1 turns all heads onto one mean that contains them; it
+    climbs as surely, but takes several times as many rounds.
+    """
+    if gram.ndim < (3 if rope else 4) or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(f"expected a Gram (…, M, M, E, E) or (…, P, M, M), found {[*gram.shape]}")
+    # A RoPE plane is a head dim of one complex number: the same problem with E = 1.
+    gram = gram.conj()[..., None, None] if rope else gram
+    maps = polar(gram[..., :, 0, :, :])  # pairwise onto the first (eq. 6)
+    maps[..., 0, :, :] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    history = [objective(gram, maps)]
+    for _ in range(max_rounds):
+        turned = maps
+        for i in range(gram.shape[-4]):
+            turned = turn_head(gram, turned, i)
+        better = objective(gram, turned)
+        if not (better - history[-1] > tolerance * history[-1].abs()).any():
+            break  # subtle: without taking it, or rounding could make the objective fall
+        risen = better > history[-1]
+        maps = torch.where(risen[..., None, None, None], turned, maps)
+        history.append(torch.where(risen, better, history[-1]))
+    maps = maps @ maps[..., :1, :, :].mH  # a rotation common to all heads is free
+    return (maps[..., 0, 0] if rope else maps), torch.stack(history)
+
+
+def objective(gram: Tensor, maps: Tensor) -> Tensor:
+    return inner_products(gram, maps).triu(1).sum((-1, -2))
+
+
+def turn_head(gram: Tensor, maps: Tensor, i: int) -> Tensor:
+    """The maps with head i turned onto the sum of the other heads of its group."""
+    onto = (gram[..., i, :, :, :] @ maps).sum(-3) - gram[..., i, i, :, :] @ maps[..., i, :, :]
+    maps = maps.clone()
+    maps[..., i, :, :] = polar(onto)
+    return maps
+
+
+def head_similarity(gram: Tensor, n_tokens: int, metric: str, rope: bool = False) -> Tensor:
+    """How alike two heads are once the one is best turned onto the other: s (K, K).
+
+    gram: (K, K, E, E) real or, with rope=True, (P, K, K) complex, summed over `n_tokens`.
+    metric "cos" (Gram of unit vectors): the mean cosine, eq. 18, 19. "dist": minus the mean square
+    distance, eq. 22 squared as in the paper's code. The best inner product is Σ|M_p[i, j]| over the
+    planes, or the nuclear norm of C_ij. Raises ValueError for another metric.
+    """
+    if rope:
+        return similarity(gram.abs().sum(0), n_tokens, metric)
+    inner_KK = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # the diagonal: tr C_ii
+    i, j = torch.triu_indices(*inner_KK.shape, offset=1, device=gram.device)
+    inner_KK[i, j] = inner_KK[j, i] = torch.linalg.svdvals(gram[i, j]).sum(-1)
+    return similarity(inner_KK, n_tokens, metric)
+
+
+def similarity(inner_KK: Tensor, n_tokens: int, metric: str) -> Tensor:
+    """The similarity of heads by their inner products ⟨Y_i, Y_j⟩ (…, K, K) over `n_tokens`."""
+    if metric == "cos":
+        return inner_KK / n_tokens
+    if metric != "dist":
+        raise ValueError(f"metric {metric!r}: expected cos or dist")
+    power_K = inner_KK.diagonal(dim1=-2, dim2=-1)
+    return (2 * inner_KK - power_K[..., :, None] - power_K[..., None, :]) / n_tokens
+
+
+# ---- 5 grouping ----------------------------------------------------------------------------------
+
+
+def anneal_groups(
+    s_KK: Tensor | np.ndarray,
+    n_groups: int,
+    seed: int = 0,
+    restarts: int = 128,
+    steps: int = 2000,
+    temperature: float = 1.0,
+) -> list[list[int]]:
+    """Split K heads into equal groups with the greatest sum of s over pairs inside (eq. 23, 24).
+
+    Simulated annealing by swaps of two heads (algorithm 2), all restarts side by side, then the
+    best swap of all until none helps. `temperature` is the first one, in standard deviations of s;
+    it falls to a hundredth. 0 is the paper's rule: improvements only.
+    Returns `n_groups` sorted lists, ordered by their first heads. Raises ValueError if `n_groups`
+    does not divide K or s is not a square matrix of finite numbers.
+    """
+    s_KK = torch.as_tensor(s_KK, dtype=torch.float64, device="cpu").numpy().copy()
+    k = len(s_KK)
+    if s_KK.shape != (k, k) or not np.isfinite(s_KK).all():
+        raise ValueError(f"expected a finite square matrix, found shape {s_KK.shape}")
+    if n_groups < 1 or k % n_groups:
+        raise ValueError(f"{k} heads cannot be split into {n_groups} equal groups")
+    s_KK = (s_KK + s_KK.T) / 2
+    np.fill_diagonal(s_KK, 0)
+    rng = np.random.default_rng(seed)
+    group_RK = rng.permuted(np.tile(np.arange(k) * n_groups // k, (restarts, 1)), axis=1)
+    group_RK = swap_at_random(s_KK, group_RK, steps, temperature * s_KK.std(), rng)
+    group_RK = swap_the_best(s_KK, group_RK)
+    score_R = ((group_RK[:, :, None] == group_RK[:, None, :]) * s_KK).sum((1, 2))
+    best_K = group_RK[score_R.argmax()]
+    return sorted(np.flatnonzero(best_K == g).tolist() for g in range(n_groups))
+
+
+def attraction(s_KK: np.ndarray, group_RK: np.ndarray) -> np.ndarray:
+    """a[r, i, g]: the sum of s between head i and the heads of group g, in restart r."""
+    return s_KK @ (group_RK[:, :, None] == np.arange(group_RK.max() + 1)).astype(np.float64)
+
+
+def swap_at_random(s_KK, group_RK, steps, temperature, rng) -> np.ndarray:
+    """Metropolis: propose a swap in every restart, take it if better or with exp(gain / T)."""
+    group_RK, a_RKG = group_RK.copy(), attraction(s_KK, group_RK)
+    rows = np.arange(len(group_RK))
+    cooling = temperature * np.geomspace(1, 0.01, steps)
+    i_SR, j_SR = rng.integers(len(s_KK), size=(2, steps, len(rows)))
+    threshold_SR = -cooling[:, None] * rng.exponential(size=(steps, len(rows)))
+    for i, j, threshold in zip(i_SR, j_SR, threshold_SR, strict=True):
+        gi, gj = group_RK[rows, i], group_RK[rows, j]
+        # What i and j gain by changing places; their own bond is counted in both, and stays cut.
+        gain = a_RKG[rows, i, gj] - a_RKG[rows, i, gi] + a_RKG[rows, j, gi] - a_RKG[rows, j, gj]
+        gain -= 2 * s_KK[i, j]
+        r = np.flatnonzero((gi != gj) & (gain > threshold))
+        i, j, gi, gj = i[r], j[r], gi[r], gj[r]
+        moved = s_KK[i] - s_KK[j]  # head i leaves group gi and comes to gj, j the other way
+        a_RKG[r, :, gi] -= moved
+        a_RKG[r, :, gj] += moved
+        group_RK[r, i], group_RK[r, j] = gj, gi
+    return group_RK
+
+
+def swap_the_best(s_KK, group_RK) -> np.ndarray:
+    """Steepest ascent: in every restart make the best of all swaps, until none gains."""
+    group_RK, rows = group_RK.copy(), np.arange(len(group_RK))
+    while True:
+        a_RKG = attraction(s_KK, group_RK)
+        to_RKK = np.take_along_axis(a_RKG, group_RK[:, None, :], axis=2)  # a[i, group of j]
+        leave_RKK = to_RKK - np.diagonal(to_RKK, axis1=1, axis2=2)[:, :, None]
+        gain_RKK = leave_RKK + leave_RKK.transpose(0, 2, 1) - 2 * s_KK
+        gain_RKK[group_RK[:, :, None] == group_RK[:, None, :]] = 0
+        best_R = gain_RKK.reshape(len(rows), -1).argmax(1)
+        i, j = np.unravel_index(best_R, s_KK.shape)
+        r = np.flatnonzero(gain_RKK[rows, i, j] > 1e-12 * np.abs(s_KK).max())
+        if not len(r):
+            return group_RK
+        group_RK[r, i[r]], group_RK[r, j[r]] = group_RK[r, j[r]], group_RK[r, i[r]]
+
+
+# ---- 6 transform and merge -----------------------------------------------------------------------
+
+
+def transform(
+    weights: Mapping[str, Tensor],
+    config: LlamaConfig,
+    order_K: Sequence[int],
+    value_maps_KEE: Tensor | None = None,
+    key_maps_KP: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """A block's weights with its units in a new order and turned: the same function (eq. 12-17).
+
+    Maps are in the new order. Values v -> v q, hence Wv -> qᵀ Wv and Wo -> Wo q for an orthogonal
+    q; keys and queries both c_p z_p in plane p for a c_p of modulus 1. None leaves them as they are.
+    The attention weights come back in float64, so that only the last cast rounds.
+    """
+    k, e, order = config.num_key_value_heads, config.head_dim, torch.as_tensor(order_K)
+    out = dict(weights)
+    for name, weight in weights.items():
+        kind = name.removeprefix("self_attn.")[0]
+        if not name.startswith("self_attn.") or name == "self_attn.o_proj.bias":
+            continue
+        # Every one as (unit, head of the unit, E, D): rows of q, k, v, columns of o, D = 1 for a bias.
+        w_out = weight.double().mT if kind == "o" else weight.double()
+        w_KRED = w_out.reshape(k, -1, e, w_out.shape[1] if w_out.ndim > 1 else 1)[order]
+        if kind in "vo" and value_maps_KEE is not None:
+            w_KRED = value_maps_KEE.mT[:, None] @ w_KRED
+        if kind in "qk" and key_maps_KP is not None:
+            z_KRPD = torch.complex(*w_KRED.chunk(2, dim=2)) * key_maps_KP[:, None, :, None]
+            w_KRED = torch.cat([z_KRPD.real, z_KRPD.imag], dim=2)
+        w_out = w_KRED.reshape(w_out.shape)
+        out[name] = w_out.mT.contiguous() if kind == "o" else w_out
+    return out
+
+
+def merge(weights: Mapping[str, Tensor], config: LlamaConfig, kv_heads: int) -> dict[str, Tensor]:
+    """A block with each run of K/G neighbouring key and value heads averaged into one (eq. 25, 26).
+
+    Of untouched weights this is the mean-pooling of Ainslie et al. 2023; of transformed ones, the
+    paper's. In float64 for the averaged tensors.
+    """
+    shape = (kv_heads, config.num_key_value_heads // kv_heads, config.head_dim)
+    return {
+        name: weight.double().unflatten(0, shape).mean(1).flatten(0, 1)
+        if name.startswith(("self_attn.k_proj.", "self_attn.v_proj."))
+        else weight
+        for name, weight in weights.items()
+    }
+
+
+# ---- 7 masks -------------------------------------------------------------------------------------
+
+# The hard concrete distribution of Louizos et al. 2017: temperature β, stretched to (γ, ζ).
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+
+
+def hard_concrete(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Masks z in [0, 1] of log_alpha's shape, exactly 0 and 1 with probability above zero.
+
+    s = σ((log u − log(1 − u) + log α)/β) with u uniform from the generator, z = clamp(s(ζ − γ) + γ,
+    0, 1); without a generator the deterministic z of s = σ(log α) (Louizos et al. 2017, eq. 10-13).
+    """
+    s = torch.sigmoid(log_alpha)
+    if generator is not None:
+        u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device)
+        s = torch.sigmoid((torch.logit(u.to(log_alpha.dtype)) + log_alpha) / BETA)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def open_probability(log_alpha: Tensor) -> Tensor:
+    """P(z > 0) = σ(log α − β log(−γ/ζ)), of log_alpha's shape (Louizos et al. 2017, eq. 12)."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+
+
+def l0_loss(log_alpha: Tensor, target: float) -> Tensor:
+    """|s − T| + (s − T)², a scalar, with s the mean P(z > 0) over all masks (eq. 29)."""
+    gap = open_probability(log_alpha).mean() - target
+    return gap.abs() + gap.square()
+
+
+# ---- 8 losses ------------------------------------------------------------------------------------
+
+
+def kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher ‖ student) of logits (…, V): nats for each token, shape (…), not reduced.
+
+    Both are divided by the temperature; no factor T². In float32 at least.
+    """
+    log_s, log_t = (log_softmax(logits / temperature) for logits in (student, teacher))
+    return (log_t.exp() * (log_t - log_s)).sum(-1)
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    return F.log_softmax(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def bild_loss(
+    student: Tensor, teacher: Tensor, top_k: int = 16, temperature: float = 3.0
+) -> Tensor:
+    """Bi-directional logits difference loss (Li et al. 2024) of logits (…, V): shape (…).
+
+    The leader's top-k ids i < j by its rank; both models' differences logit_i − logit_j over the
+    temperature; softmax over the k(k−1)/2 pairs; KL(teacher ‖ student). Once with the teacher as the
+    leader, once with the student, added. The ids are constants to the gradient; no factor T².
+    """
+    i, j = torch.triu_indices(top_k, top_k, offset=1, device=student.device)
+    loss = 0
+    for leader in (teacher, student):
+        ids = leader.detach().topk(top_k, dim=-1).indices
+        student_k, teacher_k = student.gather(-1, ids), teacher.gather(-1, ids)
+        student_pairs = student_k[..., i] - student_k[..., j]
+        loss = loss + kl_loss(student_pairs, teacher_k[..., i] - teacher_k[..., j], temperature)
+    return loss
+
+
+# ---- 9 convert -----------------------------------------------------------------------------------
+
+
+def align_block(
+    grams: Mapping[str, Tensor],
+    n_tokens: int,
+    kv_heads: int,
+    align: str = "rotation",
+    group: str = "value",
+    metric: str = "dist",
+    seed: int = 0,
+) -> tuple[list[list[int]], tuple[Tensor | None, Tensor | None], dict]:
+    """(groups, (value maps, key maps), similarity) of one block from its Grams.
+
+    grams: "value" (K, K, E, E) and "key" (P, K, K), summed over `n_tokens` with this `metric`.
+    The maps are for `transform`, in the order of the groups. similarity: for "key" and "value" the
+    mean over pairs inside groups, before and after.
+    """
+    k = grams["value"].shape[0]
+    groups = torch.arange(k).view(kv_heads, -1).tolist()
+    if group != "adjacent":
+        s_KK = head_similarity(grams[group], n_tokens, metric, rope=group == "key")
+        groups = anneal_groups(s_KK, kv_heads, seed)
+    g_GM = torch.tensor(groups, device=grams["value"].device)
+    i, j = g_GM[:, :, None], g_GM[:, None, :]
+    value_GMMEE, key_GPMM = grams["value"][i, j], grams["key"][:, i, j].movedim(0, 1)
+    value_maps = torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1)
+    key_maps = torch.ones_like(key_GPMM[..., 0])
+    similarities = {}
+    for when in ("before", "after"):
+        if when == "after" and align == "rotation":
+            value_maps, _ = generalized_procrustes(value_GMMEE)
+            key_maps, _ = generalized_procrustes(key_GPMM, rope=True)
+        value_GMM = inner_products(value_GMMEE, value_maps)
+        key_GMM = inner_products(key_GPMM.conj()[..., None, None], key_maps[..., None, None]).sum(1)
+        for name, inner_GMM in (("key", key_GMM), ("value", value_GMM)):
+            pairs = torch.triu_indices(*inner_GMM.shape[1:], offset=1, device=inner_GMM.device)
+            s_GMM = similarity(inner_GMM, n_tokens, metric)
+            similarities.setdefault(name, {})[when] = s_GMM[:, *pairs].mean().item()
+    return groups, (value_maps.flatten(0, 1), key_maps.mT.flatten(0, 1)), similarities
+
+
+@torch.no_grad()
+def convert(
+    model_dir: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    kv_heads: int,
+    text: Sequence[str | os.PathLike],
+    eval_text: Sequence[str | os.PathLike] = (),
+    tokens: int = 262_144,
+    seq_len: int | None = None,
+    align: str = "rotation",
+    group: str | None = None,
+    metric: str = "dist",
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    dry_run: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """Convert a checkpoint directory to `kv_heads` KV heads, without training; returns the report.
+
+    One pass over the blocks: the calibration tokens of `text` (see `text_rows`) run through a block,
+    its keys and values give Gram matrices, heads are grouped, aligned, turned and averaged, and the
+    block is written; so memory is a block and the tokens' hidden states, however deep the model.
+    align: "rotation", or "none" for plain averages. group: by similarity of "value" or "key", or
+    "adjacent" heads (default: value, but adjacent with align "none"). metric: "dist" or "cos".
+    `dtype` is the forward's; what is written has the source's. `log` is given the line that says
+    what will be done; `dry_run` ends there, all checks made.
+
+    `out_dir` becomes a Hugging Face directory with `mha2gqa.json`, the report: losses in nats/token,
+    sizes in bytes, times in seconds. It is there whole or not at all. Raises ValueError for bad
+    input, before any work where it can be seen before; OSError if writing fails.
+    """
+    group = group or ("adjacent" if align == "none" else "value")
+    check_choices(align, group, metric)
+    to = {"device": pick_device(device), "dtype": dtype}
+    config, weights = load_checkpoint(model_dir)
+    new_config = gqa_config(config, kv_heads)
+    out_bytes = converted_bytes(config, weights, kv_heads)
+    check_new_directory(Path(os.path.abspath(out_dir)), out_bytes)
+    rows, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
+    report = {
+        "source": str(model_dir),
+        "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
+        "method": {"align": align, "group": group, "metric": metric, "seed": seed},
+        "tokens": {"calibration": rows.numel(), "held_out": held_out.numel(),
+                   "seq_len": rows.shape[1]},
+        "kv_cache_bytes_per_token": {"source": kv_cache_bytes(config, weights),
+                                     "converted": kv_cache_bytes(new_config, weights)},
+        "memory_estimate_bytes": memory_needed(config, rows.numel(), held_out.numel(), dtype),
+    }  # fmt: skip
+    log(
+        f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {kv_heads} KV heads "
+        f"(align {align}, group {group}, metric {metric}); {rows.numel():,} tokens to calibrate, "
+        f"{held_out.numel():,} held out, in rows of {rows.shape[1]}; about "
+        f"{report['memory_estimate_bytes'] / 1e9:.1f} GB of memory on {to['device']}, "
+        f"{out_bytes / 1e9:.1f} GB of disk"
+    )
+    if dry_run:
+        return report
+    seconds, timed = stopwatch(to["device"])
+    with peak_memory(to["device"]) as peak, new_directory(out_dir, out_bytes) as folder, timed("all"):
+        calibration = embed(config, weights, rows, to)
+        streams = {"source": embed(config, weights, held_out, to)}
+        streams |= {name: streams["source"].clone() for name in ("mean_pooled", "converted")}
+        layers = []
+        for source, turned, layer in progress(
+            aligned_blocks(config, weights, calibration, kv_heads, **report["method"], timed=timed),
+            config.num_hidden_layers,
+        ):
+            pooled, converted = (
+                {name: w.to(source[name].dtype) for name, w in merge(b, config, kv_heads).items()}
+                for b in (source, turned)
+            )
+            with timed("evaluate"):
+                run_block_(config, source, streams["source"])
+                run_block_(new_config, pooled, streams["mean_pooled"])
+                run_block_(new_config, converted, streams["converted"])
+            with timed("write"):
+                save_shard(folder, config, len(layers), converted)
+            layers.append(layer)
+        with timed("evaluate"):
+            losses = {n: mean_loss(config, weights, x, held_out) for n, x in streams.items()}
+        with timed("write"):
+            save_shard(folder, config, len(layers), outer_weights(weights))
+            finish_checkpoint(folder, new_config, model_dir)
+        report |= {
+            "loss_nats_per_token": losses,
+            "similarity_inside_groups": mean_similarity(layers),
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+            "layers": layers,
+        }
+        write_json(folder / "mha2gqa.json", report)
+    return report
+
+
+def aligned_blocks(
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    x_BTD: Tensor,
+    kv_heads: int,
+    align: str,
+    group: str,
+    metric: str,
+    seed: int,
+    timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], dict]]:
+    """Walk the blocks once: for each (its weights, the same aligned and in group order, layer report).
+
+    `x_BTD` are the embedded calibration rows; they are moved on in place, block by block.
+    """
+    for i in range(config.num_hidden_layers):
+        with timed("read"):
+            source = {n: finite(block_prefix(i) + n, w.to(x_BTD.device))
+                      for n, w in block_weights(weights, i).items()}  # fmt: skip
+        with timed("calibrate"):
+            grams = run_block_(config, source, x_BTD, metric)
+        with timed("align"):
+            n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
+            groups, maps, similarities = align_block(
+                grams, n_tokens, kv_heads, align, group, metric, seed + i
+            )
+        with timed("transform"):
+            turned = transform(source, config, sum(groups, []), *maps)
+        yield source, turned, {"groups": groups, "similarity_inside_groups": similarities}
+
+
+def finite(name: str, weight: Tensor) -> Tensor:
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"tensor {name} holds values that are not finite; the checkpoint is broken")
+    return weight
+
+
+def embed(config, weights, tokens_BT: Tensor, to: Mapping) -> Tensor:
+    """The hidden states (B, T, D) that enter the first block."""
+    name = "model.embed_tokens.weight"
+    return F.embedding(tokens_BT, finite(name, weights[name])).to(**to)
+
+
+def run_block_(config, weights, x_BTD: Tensor, metric: str | None = None) -> Mapping[str, Tensor]:
+    """Replace the hidden states by what the block of these weights makes of them, rows in turn.
+
+    Returns the block's Grams if a metric is given (see `watched`).
+    """
+    with torch.device("meta"):
+        block = Block(config)
+    weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}
+    rope, _ = rope_and_mask(config, x_BTD[:1, :, 0], dtype=x_BTD.dtype)
+    with watched(block, config, metric) if metric else contextlib.nullcontext() as grams:
+        for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
+            rows.copy_(torch.func.functional_call(block, weights, (rows, rope), strict=True))
+    return grams
+
+
+def mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
+    """Nats/token over the T − 1 predictions of each row, from the last block's hidden states."""
+    embedding = weights["model.embed_tokens.weight"]
+    norm, head = (
+        finite(name, w).to(x_BTD)
+        for name, w in (
+            ("model.norm.weight", weights["model.norm.weight"]),
+            ("lm_head.weight", weights.get("lm_head.weight", embedding)),
+        )
+    )
+    total = 0.0
+    for x_TD, tokens_T in zip(x_BTD, tokens_BT.to(x_BTD.device), strict=True):
+        for x_D, target in zip(x_TD[:-1].split(1024), tokens_T[1:].split(1024), strict=True):
+            logits = F.linear(rms_norm(x_D, norm, config.rms_norm_eps), head)
+            total += F.cross_entropy(logits.float(), target, reduction="sum").item()
+    return total / (tokens_BT.shape[0] * (tokens_BT.shape[1] - 1))
+
+
+@torch.no_grad()
+def evaluate(
+    model_dir: str | os.PathLike,
+    text: Sequence[str | os.PathLike] = (),
+    eval_text: Sequence[str | os.PathLike] = (),
+    tokens: int = 262_144,
+    seq_len: int | None = None,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict:
+    """Held-out loss of a model directory, in nats/token, by the very protocol of `convert`.
+
+    With the same text, tokens, seq_len and seed the held-out rows are the same. Raises ValueError
+    for bad input.
+    """
+    to = {"device": pick_device(device), "dtype": dtype}
+    config, weights = load_checkpoint(model_dir)
+    _, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
+    x_BTD = embed(config, weights, held_out, to)
+    for i in progress(range(config.num_hidden_layers), config.num_hidden_layers):
+        block = {n: finite(n, w.to(x_BTD.device)) for n, w in block_weights(weights, i).items()}
+        run_block_(config, block, x_BTD)
+    loss = mean_loss(config, weights, x_BTD, held_out)
+    return {"loss_nats_per_token": loss, "held_out_tokens": held_out.numel()}
+
+
+def check_choices(align: str, group: str, metric: str) -> None:
+    for name, value, choices in (
+        ("align", align, ("rotation", "none")),
+        ("group", group, ("value", "key", "adjacent")),
+        ("metric", metric, ("dist", "cos")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r}: expected {', '.join(choices)}")
+
+
+def gqa_config(config: LlamaConfig, kv_heads: int) -> LlamaConfig:
+    """The config with fewer KV heads; raises ValueError unless they divide the source's."""
+    source = config.num_key_value_heads
+    if not 1 <= kv_heads < source or source % kv_heads:
+        choices = [g for g in range(1, source) if source % g == 0]
+        raise ValueError(
+            f"{kv_heads} KV heads: the source has {source}, "
+            + (f"choose one of {', '.join(map(str, choices))}" if choices else "nothing to merge")
+        )
+    return dataclasses.replace(config, num_key_value_heads=kv_heads)
+
+
+def kv_cache_bytes(config: LlamaConfig, weights: Mapping[str, Tensor]) -> int:
+    """Bytes of KV cache for each token of context, in the weights' dtype."""
+    itemsize = weights[block_prefix(0) + "self_attn.k_proj.weight"].element_size()
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    return 2 * heads * config.head_dim * itemsize
+
+
+def converted_bytes(config: LlamaConfig, weights: Mapping[str, Tensor], kv_heads: int) -> int:
+    kv = n_bytes(w for n, w in weights.items() if ".k_proj." in n or ".v_proj." in n)
+    return n_bytes(weights.values()) - kv + kv * kv_heads // config.num_key_value_heads
+
+
+def memory_needed(config: LlamaConfig, n_calibration: int, n_held_out: int, dtype) -> int:
+    """Bytes of anonymous memory a conversion takes at its peak, estimated from its largest parts."""
+    d, inner, qo = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    kv, size = config.num_key_value_heads * config.head_dim, dtype.itemsize
+    attention = 2 * d * (qo * config.head_dim + kv)
+    streams = (n_calibration + 3 * n_held_out) * d * size
+    block = 2 * (attention + 3 * d * inner) * size  # as stored, and in the forward's dtype
+    grams = 4 * kv * kv * 8
+    forward = 4096 * (6 * d + 4 * inner) * size
+    return streams + block + max(grams + forward, grams + 3 * attention * 8) + 300_000_000
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict]:
+    """Within the with block, fills {"host": bytes, "cuda": bytes} with the peaks so far.
+
+    Host memory is anonymous memory, sampled (mapped weight files are the system's to drop);
+    None where the system does not tell. CUDA is the allocator's peak.
+    """
+    peak, stop = {"host": None, "cuda": None}, threading.Event()
+
+    def sample():
+        while not stop.wait(0.02):
+            peak["host"] = max(peak["host"] or 0, anonymous_memory() or 0) or None
+            if device.type == "cuda":
+                peak["cuda"] = torch.cuda.max_memory_allocated(device)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def anonymous_memory() -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def stopwatch(device: torch.device) -> tuple[dict, Callable]:
+    """(seconds by stage, context manager that adds a stage's time to them)."""
+    seconds = {}
+
+    @contextlib.contextmanager
+    def timed(stage):
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    return seconds, timed
+
+
+def mean_similarity(layers: list[dict]) -> dict:
+    found = [layer["similarity_inside_groups"] for layer in layers]
+    return {
+        name: {when: sum(s[name][when] for s in found) / len(found) for when in found[0][name]}
+        for name in found[0]
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used ({reason})") from None
+    return torch.device(name)
+
+
+def progress(steps, total: int):
+    """A progress bar over the blocks, silent when not on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(steps, total=total, unit="block", disable=None)
+
+
+# ---- 10 command line -----------------------------------------------------------------------------
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mha2gqa.py", description="Convert a LLaMA checkpoint to grouped-query attention."
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hugging Face directory to convert, or to --evaluate")
+    add("out", metavar="OUT", nargs="?", help="directory to write; must not exist, or be empty")
+    add("--kv-heads", type=int, metavar="G", help="KV heads wanted; a divisor of the source's")
+    add("--text", nargs="+", default=[], metavar="FILE",
+        help='calibration text: .jsonl with a "text" field, or plain; .gz and .xz of either')
+    add("--eval-text", nargs="+", default=[], metavar="FILE",
+        help="held-out text, at most 65,536 tokens of it (default: the last 10%% of --text's)")
+    add("--tokens", type=int, default=262_144, help="tokens to read of --text (default: %(default)s)")
+    add("--seq-len", type=int, help="tokens a row (default: 2048 or the model's context, if less)")
+    add("--align", choices=["rotation", "none"], default="rotation",
+        help="rotate heads onto each other, or average them as they are (default: %(default)s)")
+    add("--group", choices=["value", "key", "adjacent"],
+        help="group heads by this similarity (default: value; with --align none: adjacent)")
+    add("--metric", choices=["dist", "cos"], default="dist", help="similarity (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--seed", type=int, default=0, help="of the text's order and the grouping (default: 0)")
+    add("--dry-run", action="store_true", help="check everything, say what would be done, and end")
+    add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
+    arguments = parser.parse_args(argv)
+    if not arguments.evaluate and None in (arguments.out, arguments.kv_heads):
+        parser.error("a conversion needs MODEL OUT --kv-heads G --text FILE")
+    if not arguments.text and not (arguments.evaluate and arguments.eval_text):
+        parser.error("no --text")
+    return arguments  # fmt: skip
+
+
+def print_table(report: Mapping) -> None:
+    """What a person wants to know of a report."""
+    loss, cache = report["loss_nats_per_token"], report["kv_cache_bytes_per_token"]
+    print(f"\nheld-out loss, nats/token, {report['tokens']['held_out']:,} tokens")
+    for name, value in loss.items():
+        gap = "" if name == "source" else f"  {value - loss['source']:+8.4f}"
+        print(f"  {name.replace('_', '-'):<12}{value:8.4f}{gap}")
+    print(f"similarity inside groups, {report['method']['metric']}")
+    for name, s in report["similarity_inside_groups"].items():
+        print(f"  {name + 's':<12}{s['before']:8.4f} -> {s['after']:.4f}")
+    print(f"KV cache, bytes a token\n  {cache['source']:,} -> {cache['converted']:,}")
+    stages = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
+    memory = (f"{n} {b / 1e9:.2f} GB" for n, b in report["peak_memory_bytes"].items() if b)
+    print(f"seconds\n  {stages}\npeak memory\n  {', '.join(memory)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for bad input, with one line on stderr."""
+    arguments = vars(parse_arguments(argv))
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    model, only_evaluate = arguments.pop("model"), arguments.pop("evaluate")
+    try:
+        if only_evaluate:
+            names = ("text", "eval_text", "tokens", "seq_len", "device", "seed")
+            found = evaluate(model, **{name: arguments[name] for name in names})
+            print(f"held-out loss {found['loss_nats_per_token']:.4f} nats/token, "
+                  f"{found['held_out_tokens']:,} tokens")  # fmt: skip
+        else:
+            report = convert(model, arguments.pop("out"), **arguments, log=print)
+            if not arguments["dry_run"]:
+                print_table(report)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    # A batch system's SIGTERM unwinds like Ctrl-C, so that no half-written directory stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())
