@@ -47,6 +47,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PathLike = str | os.PathLike
+
 # ---- 1 config and checkpoints --------------------------------------------------------------------
 
 # The block of these model types is LLaMA's. Qwen2 has biases on q, k and v by definition.
@@ -54,36 +56,18 @@ MODEL_TYPES = ("llama", "mistral", "qwen2")
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 # What other architectures call the tensors that this one does not have.
 FOREIGN_TENSORS = {
-    "q_norm": "QK-norm",
-    "k_norm": "QK-norm",
-    "qkv_proj": "fused qkv",
-    "W_pack": "fused qkv",
-    "c_attn": "fused qkv",
-    "query_key_value": "fused qkv",
-    "kv_a_proj": "multi-head latent attention (MLA)",
-    "qweight": "quantised weights",
-    "weight_scale": "quantised weights",
+    "QK-norm": ("q_norm", "k_norm"),
+    "fused qkv": ("qkv_proj", "W_pack", "c_attn", "query_key_value"),
+    "multi-head latent attention (MLA)": ("kv_a_proj",),
+    "quantised weights": ("qweight", "weight_scale"),
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-)
+COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+          "chat_template*", "generation_config.json", "LICENSE*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +101,17 @@ class LlamaConfig:
     raw: Mapping = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "head_dim",
-                     "max_position_embeddings"):  # fmt: skip
+                     "num_attention_heads", "max_position_embeddings", "num_key_value_heads",
+                     "head_dim"):
             value = getattr(self, name)
+            if value is None and name == "num_key_value_heads":
+                value = self.num_attention_heads
+            if value is None and name == "head_dim":
+                value = self.hidden_size // self.num_attention_heads
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer")
+            object.__setattr__(self, name, value)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide "
@@ -148,9 +133,10 @@ class LlamaConfig:
         if self.raw:
             return {**self.raw, "num_key_value_heads": self.num_key_value_heads}
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-        architecture = names[self.model_type] + "ForCausalLM"
-        return {"architectures": [architecture], **{k: v for k, v in fields.items() if k != "raw"}}
+        del fields["raw"]
+        if self.model_type == "mistral":
+            fields["sliding_window"] = None
+        return {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], **fields}
 
 
 def parse_config(raw: Mapping) -> LlamaConfig:
@@ -167,9 +153,9 @@ def parse_config(raw: Mapping) -> LlamaConfig:
     known = {f.name for f in dataclasses.fields(LlamaConfig)} - {"raw", "rope_scaling"}
     fields = {name: raw[name] for name in known & raw.keys()}
     fields["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    required = [f.name for f in dataclasses.fields(LlamaConfig) if f.default is f.default_factory]
-    absent = [name for name in required if name not in fields]
-    if absent:
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads")
+    if absent := [name for name in required if name not in fields]:
         raise ValueError(f"no {', '.join(absent)}")
     return LlamaConfig(**fields, rope_scaling=None if kind == "default" else rope, raw=raw)
 
@@ -197,18 +183,19 @@ def refuse_unsupported(raw: Mapping) -> None:
         "partial rotary embedding": partial != 1,
         "one RoPE for each layer type": any(isinstance(v, Mapping) for v in rope.values()),
         "sliding window": window or any(t != "full_attention" for t in layer_types),
-    }  # fmt: skip
+    }
     for what, is_there in found.items():
         if is_there:
             raise ValueError(f"not supported: {what}")
 
 
-def load_checkpoint(path: str | os.PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
+def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """Read a Hugging Face model directory: `(config, weights)`, weights by parameter name.
 
     The tensors are mapped from their files, so that a page is read when it is first used and
-    costs no anonymous memory: take what you need, when you need it. Names and shapes are those of
-    `Llama(config)`; left-over `rotary_emb.inv_freq` and a stored copy of tied embeddings are dropped.
+    costs no anonymous memory: take what you need, when you need it. Names and shapes are those
+    of `Llama(config)`; left-over `rotary_emb.inv_freq` and a stored copy of tied embeddings are
+    dropped.
     Raises ValueError, with the file and what to do, for anything that is not such a checkpoint.
     """
     folder = Path(path)
@@ -255,8 +242,8 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted({str(name) for name in weight_map.values()})
             for name in names:
                 # By name, not by resolved path: a hub cache is full of honest symbolic links.
-                if Path(name).name != name or name in ("", ".", ".."):
-                    raise ValueError(f"{folder / index}: names a file outside the directory: {name}")
+                if Path(name).name != name:
+                    raise ValueError(f"{folder / index}: {name!r} is outside the directory")
             return [folder / name for name in names]
         if files := sorted(folder.glob(pattern)):
             return files
@@ -276,7 +263,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         mapped = zipfile.is_zipfile(file)  # older files, which are no archives, are read whole
         return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError,
-            pickle.UnpicklingError) as error:  # fmt: skip
+            pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{file}: truncated or corrupt ({reason}); download it again") from None
 
@@ -300,8 +287,8 @@ def check_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> None:
     with torch.device("meta"):
         expected = {name: p.shape for name, p in Llama(config).named_parameters()}
     for name in weights.keys() - expected.keys():
-        for part, what in FOREIGN_TENSORS.items():
-            if part in name:
+        for what, parts in FOREIGN_TENSORS.items():
+            if any(part in name for part in parts):
                 raise ValueError(f"not supported: {what} ({name})")
     for what, names in (
         ("unknown tensor", weights.keys() - expected.keys()),
@@ -321,10 +308,10 @@ def check_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> None:
 
 
 def save_checkpoint(
-    path: str | os.PathLike,
+    path: PathLike,
     config: LlamaConfig,
     weights: Mapping[str, Tensor],
-    tokenizer_from: str | os.PathLike | None = None,
+    tokenizer_from: PathLike | None = None,
 ) -> None:
     """Write a Hugging Face directory: a safetensors shard for each block, index, config.json.
 
@@ -369,7 +356,7 @@ def save_shard(folder: Path, config: LlamaConfig, i: int, weights: Mapping[str, 
     try:
         save_file({n: w.contiguous().cpu() for n, w in weights.items()}, file, {"format": "pt"})
     except SafetensorError as error:  # what safetensors makes of a full disk
-        raise OSError(f"{file.name}: cannot be written ({error})") from None
+        raise OSError(f"{file}: cannot be written ({error})") from None
 
 
 def finish_checkpoint(folder: Path, config: LlamaConfig, tokenizer_from=None) -> None:
@@ -379,11 +366,14 @@ def finish_checkpoint(folder: Path, config: LlamaConfig, tokenizer_from=None) ->
     weight_map, total = {}, 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as shard:
-            weight_map |= {name: file.name for name in shard.keys()}
-            total += n_bytes(shard.get_tensor(name) for name in shard.keys())
+            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+        weight_map |= dict.fromkeys(tensors, file.name)
+        total += n_bytes(tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", config.to_json())
+    for file in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
+        shutil.copymode(folder / "config.json", file)
     for pattern in COPIED if tokenizer_from else ():
         for file in sorted(Path(tokenizer_from).glob(pattern)):
             if file.is_file():
@@ -406,8 +396,8 @@ def check_new_directory(path: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(path: str | os.PathLike, size: int = 0) -> Iterator[Path]:
-    """A directory to write into, that becomes `path` if the with block ends well and vanishes if not.
+def new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
+    """A directory to write into: it becomes `path` if the with block ends well, or else vanishes.
 
     Raises ValueError as `check_new_directory` says.
     """
@@ -445,7 +435,7 @@ class Llama(nn.Module):
     def forward(
         self, tokens_BT: Tensor, document_BT: Tensor | None = None, logits: bool = True
     ) -> Tensor:
-        """Logits (B, T, V), or with `logits=False` the normed hidden states (B, T, D) below the head.
+        """Logits (B, T, V), or with `logits=False` the normed hidden states (B, T, D) below them.
 
         `document_BT` numbers the documents of packed rows: attention and positions then never
         cross from one document into its neighbour. None: each row is one document.
@@ -544,7 +534,7 @@ def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
 
 
 def rope_and_mask(config, tokens_BT, document_BT=None, dtype=torch.float32):
-    """((cos, sin) of shape (B or 1, 1, T, P), attention mask (B, 1, T, T) or None for plain causal).
+    """((cos, sin) of shape (B or 1, 1, T, P), attention mask (B, 1, T, T) or None if just causal).
 
     subtle: computed here from the config at every call, since a buffer would be lost on the way
     meta device -> to_empty -> load, and angles rounded to bf16 would be wrong.
@@ -568,7 +558,7 @@ def apply_rope(x_BHTE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 # ---- 3 calibration -------------------------------------------------------------------------------
 
 
-def read_documents(path: str | os.PathLike) -> list[str]:
+def read_documents(path: PathLike) -> list[str]:
     """A text file's documents: the "text" of each JSONL record, or the whole of any other file.
 
     .gz and .xz are unpacked. Raises ValueError with file and line for what cannot be read.
@@ -603,7 +593,7 @@ def record_text(path: Path, number: int, line: str) -> str:
     return record["text"]
 
 
-def load_tokenizer(path: str | os.PathLike) -> Callable[[list[str]], list[list[int]]]:
+def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
     """The function from texts to token ids of a model directory, BOS as its files say, no EOS.
 
     `tokenizer.json` puts BOS by its own post-processor; with `tokenizer.model` BOS comes first
@@ -677,15 +667,15 @@ def pack_rows(
 
 
 def text_rows(
-    model_dir: str | os.PathLike,
+    model_dir: PathLike,
     config: LlamaConfig,
-    text: Sequence[str | os.PathLike],
-    eval_text: Sequence[str | os.PathLike] = (),
+    text: Sequence[PathLike],
+    eval_text: Sequence[PathLike] = (),
     tokens: int = 262_144,
     seq_len: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(calibration rows, held-out rows), both (rows, seq_len), of `tokens` tokens of the text files.
+    """(calibration rows, held-out rows), both (rows, seq_len), of `tokens` tokens of the text.
 
     Held out are the rows of `eval_text` or else the last 10 % of those read, and never more than
     65,536 tokens. `seq_len` is min(2048, max_position_embeddings) unless given. Warns if the text
@@ -705,9 +695,9 @@ def text_rows(
 
     held_out = rows(eval_text, 65_536 // seq_len * seq_len or seq_len) if eval_text else None
     calibration = rows(text, tokens)
-    if len(calibration) < tokens // seq_len:
-        warnings.warn(f"the text has {calibration.numel():,} tokens in rows of {seq_len}, "
-                      f"fewer than the {tokens:,} asked for: using those", stacklevel=2)  # fmt: skip
+    if text and len(calibration) < tokens // seq_len:
+        found = f"the text has {calibration.numel():,} tokens in whole rows of {seq_len}"
+        warnings.warn(f"{found}, not the {tokens:,} asked for: using those", stacklevel=2)
     if held_out is None:
         n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
         calibration, held_out = calibration[:-n], calibration[-n:]
@@ -739,7 +729,7 @@ def key_gram(k_NKE: Tensor) -> Tensor:
 def watched(block: "Block", config: LlamaConfig, metric: str) -> Iterator[dict[str, Tensor]]:
     """Within the with block, sums the "key" and "value" Grams of all that runs through `block`.
 
-    `metric` "cos" brings every head's vector to length 1 first (eq. 7, 8), "dist" takes it as it is.
+    `metric` "cos" first brings every head's vector to length 1 (eq. 7, 8), "dist" does not.
     Products of some thousand tokens are made in the model's dtype, their sums in float64.
     """
     grams = {"key": 0, "value": 0}
@@ -835,31 +825,27 @@ def generalized_procrustes(
     gram = gram.conj()[..., None, None] if rope else gram
     maps = polar(gram[..., :, 0, :, :])  # pairwise onto the first (eq. 6)
     maps[..., 0, :, :] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    history = [objective(gram, maps)]
+    history = [inner_products(gram, maps).triu(1).sum((-1, -2))]
     for _ in range(max_rounds):
-        turned = maps
+        turned, rise = maps, torch.zeros_like(history[-1])
         for i in range(gram.shape[-4]):
-            turned = turn_head(gram, turned, i)
-        better = objective(gram, turned)
-        if not (better - history[-1] > tolerance * history[-1].abs()).any():
-            break  # subtle: without taking it, or rounding could make the objective fall
-        risen = better > history[-1]
-        maps = torch.where(risen[..., None, None, None], turned, maps)
-        history.append(torch.where(risen, better, history[-1]))
+            turned, gain = turn_head(gram, turned, i)
+            rise += gain
+        if not (rise > tolerance * history[-1].abs()).any():
+            break
+        # subtle: rounding can make a problem that has long converged fall; it keeps its maps.
+        maps = torch.where((rise > 0)[..., None, None, None], turned, maps)
+        history.append(history[-1] + rise.clamp(min=0))
     maps = maps @ maps[..., :1, :, :].mH  # a rotation common to all heads is free
     return (maps[..., 0, 0] if rope else maps), torch.stack(history)
 
 
-def objective(gram: Tensor, maps: Tensor) -> Tensor:
-    return inner_products(gram, maps).triu(1).sum((-1, -2))
-
-
-def turn_head(gram: Tensor, maps: Tensor, i: int) -> Tensor:
-    """The maps with head i turned onto the sum of the other heads of its group."""
+def turn_head(gram: Tensor, maps: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """(the maps with head i turned onto the sum of its group's other heads, what that gains)."""
     onto = (gram[..., i, :, :, :] @ maps).sum(-3) - gram[..., i, i, :, :] @ maps[..., i, :, :]
-    maps = maps.clone()
-    maps[..., i, :, :] = polar(onto)
-    return maps
+    turned = maps.clone()
+    turned[..., i, :, :] = polar(onto)
+    return turned, ((turned - maps)[..., i, :, :] * onto.conj()).sum((-1, -2)).real
 
 
 def head_similarity(gram: Tensor, n_tokens: int, metric: str, rope: bool = False) -> Tensor:
@@ -979,9 +965,9 @@ def transform(
 ) -> dict[str, Tensor]:
     """A block's weights with its units in a new order and turned: the same function (eq. 12-17).
 
-    Maps are in the new order. Values v -> v q, hence Wv -> qᵀ Wv and Wo -> Wo q for an orthogonal
-    q; keys and queries both c_p z_p in plane p for a c_p of modulus 1. None leaves them as they are.
-    The attention weights come back in float64, so that only the last cast rounds.
+    Maps are in the new order, None leaves heads as they are. Values v -> v q, hence Wv -> qᵀ Wv
+    and Wo -> Wo q, for an orthogonal q; keys and queries both z_p -> c_p z_p in plane p, for a
+    c_p of modulus 1. Attention weights come back in float64: only the last cast rounds.
     """
     k, e, order = config.num_key_value_heads, config.head_dim, torch.as_tensor(order_K)
     out = dict(weights)
@@ -989,7 +975,7 @@ def transform(
         kind = name.removeprefix("self_attn.")[0]
         if not name.startswith("self_attn.") or name == "self_attn.o_proj.bias":
             continue
-        # Every one as (unit, head of the unit, E, D): rows of q, k, v, columns of o, D = 1 for a bias.
+        # All as (unit, its heads, E, D): rows of q, k, v or columns of o; D = 1 for a bias.
         w_out = weight.double().mT if kind == "o" else weight.double()
         w_KRED = w_out.reshape(k, -1, e, w_out.shape[1] if w_out.ndim > 1 else 1)[order]
         if kind in "vo" and value_maps_KEE is not None:
@@ -1069,7 +1055,7 @@ def bild_loss(
     """Bi-directional logits difference loss (Li et al. 2024) of logits (…, V): shape (…).
 
     The leader's top-k ids i < j by its rank; both models' differences logit_i − logit_j over the
-    temperature; softmax over the k(k−1)/2 pairs; KL(teacher ‖ student). Once with the teacher as the
+    temperature; softmax over the k(k−1)/2 pairs; KL(teacher ‖ student). Once with the teacher as
     leader, once with the student, added. The ids are constants to the gradient; no factor T².
     """
     i, j = torch.triu_indices(top_k, top_k, offset=1, device=student.device)
@@ -1105,7 +1091,7 @@ def align_block(
     if group != "adjacent":
         s_KK = head_similarity(grams[group], n_tokens, metric, rope=group == "key")
         groups = anneal_groups(s_KK, kv_heads, seed)
-    g_GM = torch.tensor(groups, device=grams["value"].device)
+    g_GM = torch.tensor(groups)
     i, j = g_GM[:, :, None], g_GM[:, None, :]
     value_GMMEE, key_GPMM = grams["value"][i, j], grams["key"][:, i, j].movedim(0, 1)
     value_maps = torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1)
@@ -1118,19 +1104,19 @@ def align_block(
         value_GMM = inner_products(value_GMMEE, value_maps)
         key_GMM = inner_products(key_GPMM.conj()[..., None, None], key_maps[..., None, None]).sum(1)
         for name, inner_GMM in (("key", key_GMM), ("value", value_GMM)):
-            pairs = torch.triu_indices(*inner_GMM.shape[1:], offset=1, device=inner_GMM.device)
+            pairs = torch.triu_indices(*inner_GMM.shape[1:], offset=1)
             s_GMM = similarity(inner_GMM, n_tokens, metric)
-            similarities.setdefault(name, {})[when] = s_GMM[:, *pairs].mean().item()
+            similarities.setdefault(name, {})[when] = s_GMM[:, pairs[0], pairs[1]].mean().item()
     return groups, (value_maps.flatten(0, 1), key_maps.mT.flatten(0, 1)), similarities
 
 
 @torch.no_grad()
 def convert(
-    model_dir: str | os.PathLike,
-    out_dir: str | os.PathLike,
+    model_dir: PathLike,
+    out_dir: PathLike,
     kv_heads: int,
-    text: Sequence[str | os.PathLike],
-    eval_text: Sequence[str | os.PathLike] = (),
+    text: Sequence[PathLike],
+    eval_text: Sequence[PathLike] = (),
     tokens: int = 262_144,
     seq_len: int | None = None,
     align: str = "rotation",
@@ -1144,17 +1130,17 @@ def convert(
 ) -> dict:
     """Convert a checkpoint directory to `kv_heads` KV heads, without training; returns the report.
 
-    One pass over the blocks: the calibration tokens of `text` (see `text_rows`) run through a block,
-    its keys and values give Gram matrices, heads are grouped, aligned, turned and averaged, and the
-    block is written; so memory is a block and the tokens' hidden states, however deep the model.
+    One pass over the blocks: the calibration tokens of `text` (see `text_rows`) run through a
+    block, its keys and values give Grams, heads are grouped, aligned and averaged, and the block
+    is written; so memory is a block and the tokens' hidden states, however deep the model.
     align: "rotation", or "none" for plain averages. group: by similarity of "value" or "key", or
     "adjacent" heads (default: value, but adjacent with align "none"). metric: "dist" or "cos".
     `dtype` is the forward's; what is written has the source's. `log` is given the line that says
     what will be done; `dry_run` ends there, all checks made.
 
-    `out_dir` becomes a Hugging Face directory with `mha2gqa.json`, the report: losses in nats/token,
-    sizes in bytes, times in seconds. It is there whole or not at all. Raises ValueError for bad
-    input, before any work where it can be seen before; OSError if writing fails.
+    `out_dir` becomes a Hugging Face directory with `mha2gqa.json`, the report: losses in
+    nats/token, sizes in bytes, times in seconds. It is there whole or not at all. Raises
+    ValueError for bad input, before any work wherever it shows before; OSError if writing fails.
     """
     group = group or ("adjacent" if align == "none" else "value")
     check_choices(align, group, metric)
@@ -1168,56 +1154,62 @@ def convert(
         "source": str(model_dir),
         "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
         "method": {"align": align, "group": group, "metric": metric, "seed": seed},
-        "tokens": {"calibration": rows.numel(), "held_out": held_out.numel(),
-                   "seq_len": rows.shape[1]},
-        "kv_cache_bytes_per_token": {"source": kv_cache_bytes(config, weights),
-                                     "converted": kv_cache_bytes(new_config, weights)},
+        "tokens": {
+            "calibration": rows.numel(),
+            "held_out": held_out.numel(),
+            "seq_len": rows.shape[1],
+        },
+        "kv_cache_bytes_per_token": {
+            "source": kv_cache_bytes(config, weights),
+            "converted": kv_cache_bytes(new_config, weights),
+        },
         "memory_estimate_bytes": memory_needed(config, rows.numel(), held_out.numel(), dtype),
-    }  # fmt: skip
-    log(
-        f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {kv_heads} KV heads "
-        f"(align {align}, group {group}, metric {metric}); {rows.numel():,} tokens to calibrate, "
-        f"{held_out.numel():,} held out, in rows of {rows.shape[1]}; about "
-        f"{report['memory_estimate_bytes'] / 1e9:.1f} GB of memory on {to['device']}, "
-        f"{out_bytes / 1e9:.1f} GB of disk"
-    )
-    if dry_run:
-        return report
-    seconds, timed = stopwatch(to["device"])
-    with peak_memory(to["device"]) as peak, new_directory(out_dir, out_bytes) as folder, timed("all"):
-        calibration = embed(config, weights, rows, to)
-        streams = {"source": embed(config, weights, held_out, to)}
-        streams |= {name: streams["source"].clone() for name in ("mean_pooled", "converted")}
-        layers = []
-        for source, turned, layer in progress(
-            aligned_blocks(config, weights, calibration, kv_heads, **report["method"], timed=timed),
-            config.num_hidden_layers,
-        ):
-            pooled, converted = (
-                {name: w.to(source[name].dtype) for name, w in merge(b, config, kv_heads).items()}
-                for b in (source, turned)
-            )
-            with timed("evaluate"):
-                run_block_(config, source, streams["source"])
-                run_block_(new_config, pooled, streams["mean_pooled"])
-                run_block_(new_config, converted, streams["converted"])
-            with timed("write"):
-                save_shard(folder, config, len(layers), converted)
-            layers.append(layer)
-        with timed("evaluate"):
-            losses = {n: mean_loss(config, weights, x, held_out) for n, x in streams.items()}
-        with timed("write"):
-            save_shard(folder, config, len(layers), outer_weights(weights))
+        "disk_bytes": out_bytes,
+    }
+    log(plan_line(report, config, to["device"]))
+    if not dry_run:
+        with peak_memory(to["device"]) as peak, new_directory(out_dir, out_bytes) as folder:
+            method = report["method"]
+            report |= convert_into(folder, config, weights, kv_heads, rows, held_out, method, to)
+            report["peak_memory_bytes"] = peak
             finish_checkpoint(folder, new_config, model_dir)
-        report |= {
-            "loss_nats_per_token": losses,
-            "similarity_inside_groups": mean_similarity(layers),
-            "seconds": seconds,
-            "peak_memory_bytes": peak,
-            "layers": layers,
-        }
-        write_json(folder / "mha2gqa.json", report)
+            write_json(folder / "mha2gqa.json", report)
     return report
+
+
+def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) -> dict:
+    """The work of `convert`: write the shards into `folder`, return what was measured."""
+    for name, weight in outer_weights(weights).items():
+        check_finite(name, weight)
+    seconds, timed = stopwatch(to["device"])
+    calibration, source_x = (embed(weights, tokens, to) for tokens in (rows, held_out))
+    mean_pooled_x, converted_x = source_x.clone(), source_x.clone()
+    new_config, layers = gqa_config(config, kv_heads), []
+    blocks = aligned_blocks(config, weights, calibration, kv_heads, **method, timed=timed)
+    for i, (source, aligned, layer) in enumerate(progress(blocks, config.num_hidden_layers)):
+        with timed("merge"):
+            mean_pooled, converted = (
+                {name: w.to(source[name].dtype) for name, w in merge(b, config, kv_heads).items()}
+                for b in (source, aligned)
+            )
+        with timed("evaluate"):
+            run_block_(config, source, source_x)
+            run_block_(new_config, mean_pooled, mean_pooled_x)
+            run_block_(new_config, converted, converted_x)
+        with timed("write"):
+            save_shard(folder, config, i, {block_prefix(i) + n: w for n, w in converted.items()})
+        layers.append(layer)
+    with timed("evaluate"):
+        streams = {"source": source_x, "mean_pooled": mean_pooled_x, "converted": converted_x}
+        losses = {name: mean_loss(config, weights, x, held_out) for name, x in streams.items()}
+    with timed("write"):
+        save_shard(folder, config, config.num_hidden_layers, outer_weights(weights))
+    return {
+        "loss_nats_per_token": losses,
+        "similarity_inside_groups": mean_similarity(layers),
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "layers": layers,
+    }
 
 
 def aligned_blocks(
@@ -1231,36 +1223,43 @@ def aligned_blocks(
     seed: int,
     timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], dict]]:
-    """Walk the blocks once: for each (its weights, the same aligned and in group order, layer report).
+    """Walk the blocks once. Of each: (its weights, these aligned and in group order, its report).
 
     `x_BTD` are the embedded calibration rows; they are moved on in place, block by block.
     """
     for i in range(config.num_hidden_layers):
         with timed("read"):
-            source = {n: finite(block_prefix(i) + n, w.to(x_BTD.device))
-                      for n, w in block_weights(weights, i).items()}  # fmt: skip
+            source = read_block(weights, i, x_BTD.device)
         with timed("calibrate"):
             grams = run_block_(config, source, x_BTD, metric)
         with timed("align"):
+            # On the CPU: that is where hundreds of small SVDs are fast.
+            grams = {name: gram.cpu() for name, gram in grams.items()}
             n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
             groups, maps, similarities = align_block(
                 grams, n_tokens, kv_heads, align, group, metric, seed + i
             )
         with timed("transform"):
-            turned = transform(source, config, sum(groups, []), *maps)
-        yield source, turned, {"groups": groups, "similarity_inside_groups": similarities}
+            order = [unit for group_units in groups for unit in group_units]
+            aligned = transform(source, config, order, *(q.to(x_BTD.device) for q in maps))
+        yield source, aligned, {"groups": groups, "similarity_inside_groups": similarities}
 
 
-def finite(name: str, weight: Tensor) -> Tensor:
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"tensor {name} holds values that are not finite; the checkpoint is broken")
-    return weight
+def read_block(weights: Mapping[str, Tensor], i: int, device) -> dict[str, Tensor]:
+    block = {name: w.to(device) for name, w in block_weights(weights, i).items()}
+    for name, weight in block.items():
+        check_finite(block_prefix(i) + name, weight)
+    return block
 
 
-def embed(config, weights, tokens_BT: Tensor, to: Mapping) -> Tensor:
+def check_finite(name: str, weight: Tensor) -> None:
+    if not all(torch.isfinite(bound) for bound in weight.aminmax()):
+        raise ValueError(f"tensor {name} holds values that are not finite: a broken checkpoint")
+
+
+def embed(weights: Mapping[str, Tensor], tokens_BT: Tensor, to: Mapping) -> Tensor:
     """The hidden states (B, T, D) that enter the first block."""
-    name = "model.embed_tokens.weight"
-    return F.embedding(tokens_BT, finite(name, weights[name])).to(**to)
+    return F.embedding(tokens_BT, weights["model.embed_tokens.weight"]).to(**to)
 
 
 def run_block_(config, weights, x_BTD: Tensor, metric: str | None = None) -> Mapping[str, Tensor]:
@@ -1280,14 +1279,8 @@ def run_block_(config, weights, x_BTD: Tensor, metric: str | None = None) -> Map
 
 def mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
     """Nats/token over the T − 1 predictions of each row, from the last block's hidden states."""
-    embedding = weights["model.embed_tokens.weight"]
-    norm, head = (
-        finite(name, w).to(x_BTD)
-        for name, w in (
-            ("model.norm.weight", weights["model.norm.weight"]),
-            ("lm_head.weight", weights.get("lm_head.weight", embedding)),
-        )
-    )
+    norm = weights["model.norm.weight"].to(x_BTD)
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).to(x_BTD)
     total = 0.0
     for x_TD, tokens_T in zip(x_BTD, tokens_BT.to(x_BTD.device), strict=True):
         for x_D, target in zip(x_TD[:-1].split(1024), tokens_T[1:].split(1024), strict=True):
@@ -1298,9 +1291,9 @@ def mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model_dir: str | os.PathLike,
-    text: Sequence[str | os.PathLike] = (),
-    eval_text: Sequence[str | os.PathLike] = (),
+    model_dir: PathLike,
+    text: Sequence[PathLike] = (),
+    eval_text: Sequence[PathLike] = (),
     tokens: int = 262_144,
     seq_len: int | None = None,
     device: str = "auto",
@@ -1315,10 +1308,9 @@ def evaluate(
     to = {"device": pick_device(device), "dtype": dtype}
     config, weights = load_checkpoint(model_dir)
     _, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
-    x_BTD = embed(config, weights, held_out, to)
+    x_BTD = embed(weights, held_out, to)
     for i in progress(range(config.num_hidden_layers), config.num_hidden_layers):
-        block = {n: finite(n, w.to(x_BTD.device)) for n, w in block_weights(weights, i).items()}
-        run_block_(config, block, x_BTD)
+        run_block_(config, read_block(weights, i, to["device"]), x_BTD)
     loss = mean_loss(config, weights, x_BTD, held_out)
     return {"loss_nats_per_token": loss, "held_out_tokens": held_out.numel()}
 
@@ -1358,7 +1350,7 @@ def converted_bytes(config: LlamaConfig, weights: Mapping[str, Tensor], kv_heads
 
 
 def memory_needed(config: LlamaConfig, n_calibration: int, n_held_out: int, dtype) -> int:
-    """Bytes of anonymous memory a conversion takes at its peak, estimated from its largest parts."""
+    """Bytes of anonymous memory at a conversion's peak, estimated from its largest parts."""
     d, inner, qo = config.hidden_size, config.intermediate_size, config.num_attention_heads
     kv, size = config.num_key_value_heads * config.head_dim, dtype.itemsize
     attention = 2 * d * (qo * config.head_dim + kv)
@@ -1369,18 +1361,29 @@ def memory_needed(config: LlamaConfig, n_calibration: int, n_held_out: int, dtyp
     return streams + block + max(grams + forward, grams + 3 * attention * 8) + 300_000_000
 
 
+def plan_line(report: Mapping, config: LlamaConfig, device: torch.device) -> str:
+    heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
+    return (
+        f"{config.num_hidden_layers} blocks, {heads['source']} to {heads['converted']} KV heads "
+        f"(align {method['align']}, group {method['group']}, metric {method['metric']}); "
+        f"{tokens['calibration']:,} tokens to calibrate, {tokens['held_out']:,} held out, in rows "
+        f"of {tokens['seq_len']:,}; about {report['memory_estimate_bytes'] / 1e9:.1f} GB of memory "
+        f"({device}), {report['disk_bytes'] / 1e9:.2f} GB of disk"
+    )
+
+
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict]:
-    """Within the with block, fills {"host": bytes, "cuda": bytes} with the peaks so far.
+    """Within the with block, keeps {"host": bytes, "cuda": bytes} at the peaks so far.
 
     Host memory is anonymous memory, sampled (mapped weight files are the system's to drop);
-    None where the system does not tell. CUDA is the allocator's peak.
+    0 where the system does not tell. CUDA is the allocator's peak.
     """
-    peak, stop = {"host": None, "cuda": None}, threading.Event()
+    peak, stop = {"host": anonymous_memory(), "cuda": 0}, threading.Event()
 
     def sample():
         while not stop.wait(0.02):
-            peak["host"] = max(peak["host"] or 0, anonymous_memory() or 0) or None
+            peak["host"] = max(peak["host"], anonymous_memory())
             if device.type == "cuda":
                 peak["cuda"] = torch.cuda.max_memory_allocated(device)
 
@@ -1393,11 +1396,11 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
         thread.join()
 
 
-def anonymous_memory() -> int | None:
+def anonymous_memory() -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return None
+        return 0
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
@@ -1447,25 +1450,28 @@ def progress(steps, total: int):
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="mha2gqa.py", description="Convert a LLaMA checkpoint to grouped-query attention."
+        prog="mha2gqa.py",
+        description="Convert a LLaMA checkpoint to grouped-query attention, without training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face directory to convert, or to --evaluate")
     add("out", metavar="OUT", nargs="?", help="directory to write; must not exist, or be empty")
-    add("--kv-heads", type=int, metavar="G", help="KV heads wanted; a divisor of the source's")
-    add("--text", nargs="+", default=[], metavar="FILE",
-        help='calibration text: .jsonl with a "text" field, or plain; .gz and .xz of either')
-    add("--eval-text", nargs="+", default=[], metavar="FILE",
-        help="held-out text, at most 65,536 tokens of it (default: the last 10%% of --text's)")
-    add("--tokens", type=int, default=262_144, help="tokens to read of --text (default: %(default)s)")
-    add("--seq-len", type=int, help="tokens a row (default: 2048 or the model's context, if less)")
+    add("--kv-heads", type=int, metavar="G", help="KV heads wanted, a divisor of the source's")
+    add("--text", nargs="+", default=(), metavar="FILE", help="calibration text: .jsonl with a "
+        '"text" field, or plain text; .gz and .xz of either')
+    add("--eval-text", nargs="+", default=(), metavar="FILE", help="held-out text, of which at "
+        "most 65,536 tokens are used; without it the last 10%% of --text's tokens are held out")
+    add("--tokens", type=int, default=262_144, help="tokens to read of --text")
+    add("--seq-len", type=int, help="tokens a row; 2048, or the model's context if that is less")
     add("--align", choices=["rotation", "none"], default="rotation",
-        help="rotate heads onto each other, or average them as they are (default: %(default)s)")
+        help="turn heads onto each other before they are averaged, or not")
     add("--group", choices=["value", "key", "adjacent"],
-        help="group heads by this similarity (default: value; with --align none: adjacent)")
-    add("--metric", choices=["dist", "cos"], default="dist", help="similarity (default: %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--seed", type=int, default=0, help="of the text's order and the grouping (default: 0)")
+        help="group heads by this similarity; value, but adjacent with --align none")
+    add("--metric", choices=["dist", "cos"], default="dist", help="similarity of two heads: minus "
+        "the mean square distance, or the mean cosine")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda if there is one")
+    add("--seed", type=int, default=0, help="of the order of the text and of the grouping")
     add("--dry-run", action="store_true", help="check everything, say what would be done, and end")
     add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
     arguments = parser.parse_args(argv)
@@ -1473,7 +1479,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("a conversion needs MODEL OUT --kv-heads G --text FILE")
     if not arguments.text and not (arguments.evaluate and arguments.eval_text):
         parser.error("no --text")
-    return arguments  # fmt: skip
+    return arguments
 
 
 def print_table(report: Mapping) -> None:
@@ -1502,7 +1508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = ("text", "eval_text", "tokens", "seq_len", "device", "seed")
             found = evaluate(model, **{name: arguments[name] for name in names})
             print(f"held-out loss {found['loss_nats_per_token']:.4f} nats/token, "
-                  f"{found['held_out_tokens']:,} tokens")  # fmt: skip
+                  f"{found['held_out_tokens']:,} tokens")
         else:
             report = convert(model, arguments.pop("out"), **arguments, log=print)
             if not arguments["dry_run"]:

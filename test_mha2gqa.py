@@ -1,0 +1,1223 @@
+"""Tests of mha2gqa.py, in its order. Seeded, on CPU, minutes; references are transformers, scipy,
+plain loops and brute force."""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import lzma
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import mha2gqa as m
+
+PROGRAM = Path(m.__file__)
+BASE = {
+    "model_type": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+CONFIGS = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2},
+    "head_dim": {"head_dim": 20},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4},
+    "qwen2 gqa": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": None},
+    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "new spelling": {"rope_parameters": {**LLAMA3, "rope_theta": 20000.0}},
+    "tied": {"tie_word_embeddings": True},
+}
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def config_of(name="mha", **changes):
+    return m.parse_config({**BASE, **CONFIGS[name], **changes})
+
+
+def random_weights(config, seed=0, dtype=torch.float32):
+    """Weights that make attention sharp enough to be worth comparing."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, p in m.Llama(config).state_dict().items():
+        w = torch.randn(p.shape, generator=generator)
+        w = 1 + 0.2 * w if "norm" in name else w * (0.3 if p.ndim == 1 else 2 / p.shape[-1] ** 0.5)
+        weights[name] = w.to(dtype)
+    return weights
+
+
+def logits_of(config, weights, tokens, **keywords):
+    model = m.Llama(config).to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        return model(tokens, **keywords)
+
+
+def transformers_model(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def random_tokens(config, batch=2, time=40, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, time), generator=generator)
+
+
+def orthogonal(*shape, seed=0):
+    """Random orthogonal matrices of float64, of both determinants."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(*shape, shape[-1], generator=generator).double()).Q
+    return q * torch.randn(*shape, generator=generator).sign().double()[..., None, :]
+
+
+def phases(*shape, seed=0):
+    angle = 7 * torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def plane_rotation(c_P):
+    """The matrix that acts on row vectors as multiplication of z_p by c_p; written out by hand."""
+    p = len(c_P)
+    q = torch.zeros(2 * p, 2 * p, dtype=torch.float64)
+    for i, c in enumerate(c_P.tolist()):
+        q[i, i], q[i, p + i], q[p + i, i], q[p + i, p + i] = c.real, c.imag, -c.imag, c.real
+    return q
+
+
+# ---- 1 config and checkpoints --------------------------------------------------------------------
+
+
+def test_config_file_keeps_unknown_keys_and_changes_only_the_heads(tmp_path):
+    raw = {**BASE, "transformers_version": "4.1", "a_key_of_tomorrow": {"x": [1]}, "head_dim": None}
+    config = m.parse_config(raw)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 12)
+    assert m.gqa_config(config, 2).to_json() == {**raw, "num_key_value_heads": 2}
+
+
+def test_config_made_by_hand_can_be_read_again():
+    for kind in m.MODEL_TYPES:
+        config = m.LlamaConfig(97, 48, 80, 2, 4, model_type=kind, rope_scaling=LLAMA3)
+        assert m.parse_config(config.to_json()) == config
+
+
+def test_both_rope_spellings_mean_the_same():
+    old = config_of(rope_theta=5e5, rope_scaling=LLAMA3)
+    new = config_of(rope_parameters={**LLAMA3, "rope_theta": 5e5})
+    assert torch.equal(m.inverse_frequencies(old), m.inverse_frequencies(new))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "qwen3"}, r"not supported: model_type 'qwen3' \(supported: llama"),
+        ({"hidden_act": "gelu"}, "not supported: hidden_act 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "not supported: quantised weights"),
+        ({"use_qk_norm": True}, "not supported: QK-norm"),
+        ({"kv_lora_rank": 512}, "not supported: multi-head latent attention"),
+        ({"partial_rotary_factor": 0.5}, "not supported: partial rotary"),
+        ({"rope_parameters": {"full_attention": {}}}, "not supported: one RoPE for each layer"),
+        ({"model_type": "mistral"}, "not supported: sliding window"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "not supported: sliding window"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "not supported: sliding window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "not supported: sliding window"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is none of"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is none of"),
+        ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' lacks factor"),
+        ({"hidden_size": "48"}, "hidden_size is '48', expected a positive integer"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
+        ({"head_dim": 7}, "head_dim is 7, but RoPE needs an even one"),
+    ],
+)
+def test_configs_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        m.parse_config({**BASE, **changes})
+    with pytest.raises(ValueError, match="no vocab_size"):
+        m.parse_config({k: v for k, v in BASE.items() if k != "vocab_size"})
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype
+                                        for n in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_checkpoints_come_back_bit_for_bit(tmp_path, dtype):
+    config = config_of("gqa")
+    weights = random_weights(config, dtype=dtype)
+    (tmp_path / "a").mkdir()  # an empty directory may be written into
+    m.save_checkpoint(tmp_path / "a", config, weights)
+    found, again = m.load_checkpoint(tmp_path / "a")
+    assert found == config and same_weights(again, weights)
+    assert sorted(os.listdir(tmp_path)) == ["a"]
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) == 3
+    modes = {file.stat().st_mode for file in (tmp_path / "a").iterdir()}
+    assert len(modes) == 1  # safetensors alone would leave files that only their owner reads
+
+
+def make_directory(path, config, files):
+    """A checkpoint directory from {file name: tensors}, with an index if there are several."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(dict(config.raw)))
+    for name, tensors in files.items():
+        if name.endswith(".bin"):
+            torch.save(tensors, path / name)
+        else:
+            save_file(tensors, path / name, {"format": "pt"})
+    if len(files) > 1:
+        kind = "model.safetensors" if name.endswith(".safetensors") else "pytorch_model.bin"
+        index = {"weight_map": {n: file for file, tensors in files.items() for n in tensors}}
+        (path / f"{kind}.index.json").write_text(json.dumps(index))
+    return path
+
+
+def halves(weights):
+    names = sorted(weights)
+    return [{n: weights[n] for n in part} for part in (names[::2], names[1::2])]
+
+
+def test_the_file_layouts_of_the_hub(tmp_path):
+    config = config_of()
+    weights = random_weights(config)
+    one, two = halves(weights)
+    layouts = {
+        "single": {"model.safetensors": weights},
+        "sharded": {"model-1-of-2.safetensors": one, "model-2-of-2.safetensors": two},
+        "bin": {"pytorch_model.bin": weights},
+        "bins": {"pytorch_model-00001-of-00002.bin": one, "pytorch_model-00002-of-00002.bin": two},
+    }
+    for name, files in layouts.items():
+        path = make_directory(tmp_path / name, config, files)
+        assert same_weights(m.load_checkpoint(path)[1], weights), name
+    old = make_directory(tmp_path / "old", config, {})  # before torch 1.6: not an archive
+    torch.save(weights, old / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert same_weights(m.load_checkpoint(old)[1], weights)
+
+
+def test_leftovers_are_dropped_and_tied_embeddings_have_one_name(tmp_path):
+    config = config_of("tied")
+    weights = random_weights(config)
+    embedding = weights["model.embed_tokens.weight"]
+    rest = {n: w for n, w in weights.items() if n != "model.embed_tokens.weight"}
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    for name, tensors in {
+        "both": weights | frequencies | {"lm_head.weight": embedding.clone()},
+        "head": rest | {"lm_head.weight": embedding},
+    }.items():
+        path = make_directory(tmp_path / name, config, {"model.safetensors": tensors})
+        assert same_weights(m.load_checkpoint(path)[1], weights), name
+    tensors = weights | {"lm_head.weight": embedding + 1}
+    path = make_directory(tmp_path / "two", config, {"model.safetensors": tensors})
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        m.load_checkpoint(path)
+
+
+def test_reading_is_lazy(tmp_path):
+    config = config_of(hidden_size=512, intermediate_size=8192, num_hidden_layers=4)
+    weights = {n: torch.zeros(p.shape) for n, p in m.Llama(config).state_dict().items()}
+    paths = [
+        make_directory(tmp_path / "s", config, {"model.safetensors": weights}),
+        make_directory(tmp_path / "b", config, {"pytorch_model.bin": weights}),
+    ]
+    size = m.n_bytes(weights.values())
+    for path in paths:
+        before = m.anonymous_memory()
+        _, mapped = m.load_checkpoint(path)
+        assert all(w.sum() == 0 for n, w in mapped.items() if "norm" not in n)
+        assert m.anonymous_memory() - before < size / 10
+
+
+def break_checkpoint(path, what):
+    files = sorted(path.glob("*.safetensors"))
+    if what == "missing shard":
+        files[1].unlink()
+    elif what == "truncated shard":
+        files[1].write_bytes(files[1].read_bytes()[:-100])
+    elif what == "corrupt shard":
+        files[1].write_bytes(b"\xff" * 1000)
+    elif what == "no config":
+        (path / "config.json").unlink()
+    elif what == "broken config":
+        (path / "config.json").write_text('{"model_type": ')
+    elif what == "no weights":
+        for file in path.glob("*.safetensors*"):
+            file.unlink()
+    elif what.startswith("index"):
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        outside = {"index above": "../x.safetensors", "index absolute": "/x.safetensors"}[what]
+        index["weight_map"]["model.norm.weight"] = outside
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        tensors = load_file(files[0])
+        name = "model.layers.0.self_attn.q_proj.weight"
+        weight = tensors.pop(name)
+        tensors |= {
+            "missing tensor": {},
+            "unknown tensor": {name: weight, "model.layers.0.surprise": weight.clone()},
+            "wrong shape": {name: weight[:-1].clone()},
+            "wrong dtype": {name: weight.to(torch.int8)},
+            "q_norm": {name: weight, "model.layers.0.self_attn.q_norm.weight": weight[0].clone()},
+        }[what]
+        save_file(tensors, files[0], {"format": "pt"})
+
+
+BROKEN = {
+    "missing shard": r"model-00002-of-00003.safetensors: missing, though the index names it",
+    "truncated shard": r"model-00002-of-00003.safetensors: truncated or corrupt",
+    "corrupt shard": r"model-00002-of-00003.safetensors: truncated or corrupt",
+    "no config": r"config.json: no such file",
+    "broken config": r"config.json: not JSON",
+    "no weights": r"no \*.safetensors and no pytorch_model\*.bin",
+    "index above": r"index.json: '../x.safetensors' is outside the directory",
+    "index absolute": r"index.json: '/x.safetensors' is outside the directory",
+    "missing tensor": r"missing tensor model.layers.0.self_attn.q_proj.weight",
+    "unknown tensor": r"unknown tensor model.layers.0.surprise",
+    "wrong shape": r"q_proj.weight has shape \[47, 48\], expected \[48, 48\]",
+    "wrong dtype": r"q_proj.weight is torch.int8, expected",
+    "q_norm": r"not supported: QK-norm \(model.layers.0.self_attn.q_norm.weight\)",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_checkpoints_are_named(tmp_path, what):
+    config = config_of()
+    m.save_checkpoint(tmp_path / "x", config, random_weights(config))
+    break_checkpoint(tmp_path / "x", what)
+    with pytest.raises(ValueError, match=BROKEN[what]) as error:
+        m.load_checkpoint(tmp_path / "x")
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_bin_file_is_named(tmp_path):
+    config = config_of()
+    path = make_directory(tmp_path / "x", config, {"pytorch_model.bin": random_weights(config)})
+    whole = (path / "pytorch_model.bin").read_bytes()
+    for content in (whole[:-1000], b"garbage", b""):
+        (path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=r"pytorch_model.bin: truncated or corrupt") as error:
+            m.load_checkpoint(path)
+        assert "\n" not in str(error.value)
+
+
+def test_output_is_there_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), m.new_directory(tmp_path / "x") as folder:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    config = config_of()
+    with pytest.raises(ValueError, match="missing tensor lm_head.weight"):
+        m.save_checkpoint(tmp_path / "x", config, {n: w for n, w in random_weights(config).items()
+                                                   if n != "lm_head.weight"})
+    assert not list(tmp_path.iterdir())
+
+
+# ---- 2 the model ---------------------------------------------------------------------------------
+
+
+@every_config
+def test_logits_equal_transformers(tmp_path, name):
+    config = config_of(name)
+    weights = random_weights(config)
+    m.save_checkpoint(tmp_path / "x", config, weights)
+    tokens = random_tokens(config, time=200)
+    with torch.no_grad():
+        wanted = transformers_model(tmp_path / "x")(tokens).logits
+    found = logits_of(config, weights, tokens)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_packed_documents_do_not_see_each_other():
+    config = config_of("llama3", num_key_value_heads=2)
+    weights = random_weights(config, dtype=torch.float64)
+    tokens = random_tokens(config, batch=2, time=30)
+    documents = torch.tensor([[0] * 7 + [1] * 22 + [2], [5] * 11 + [3] * 19])
+    packed = logits_of(config, weights, tokens, document_BT=documents)
+    for row in range(2):
+        for document in documents[row].unique():
+            at = documents[row] == document
+            alone = logits_of(config, weights, tokens[row, at][None])
+            torch.testing.assert_close(packed[row, at], alone[0])
+
+
+def test_hidden_states_are_what_the_head_reads():
+    config = config_of()
+    weights = random_weights(config)
+    tokens = random_tokens(config)
+    hidden = logits_of(config, weights, tokens, logits=False)
+    torch.testing.assert_close(hidden @ weights["lm_head.weight"].T,
+                               logits_of(config, weights, tokens))
+
+
+# ---- 3 calibration -------------------------------------------------------------------------------
+
+
+def test_documents_of_all_kinds_of_files(tmp_path):
+    records = "".join(json.dumps({"text": t, "url": 1}) + "\n\n" for t in ("größe", "two\nlines"))
+    for name, opener in (("a.jsonl", open), ("a.jsonl.gz", gzip.open), ("a.jsonl.xz", lzma.open)):
+        with opener(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.write(records)
+        assert m.read_documents(tmp_path / name) == ["größe", "two\nlines"]
+    (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
+    assert m.read_documents(tmp_path / "a.txt") == ["one\ntwo\n"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.txt", None, "x.txt: no such file"),
+        ("x.txt", b"", "x.txt: holds no text"),
+        ("x.txt", b" \n", "x.txt: holds no text"),
+        ("x.txt", b"\xff\xfe\xff", "x.txt: cannot be read"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n', "x.jsonl, line 2: not JSON"),
+        ("x.jsonl", b'{"text": "a"}\n\n{"body": 1}\n', 'x.jsonl, line 3: .* a "text" string'),
+        ("x.jsonl", b'"text"\n', "x.jsonl, line 1: expected an object"),
+        ("x.jsonl.gz", b"no gzip", "x.jsonl.gz: cannot be read"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "x.jsonl.gz: cannot be read"),
+        ("x.txt.xz", b"no xz", "x.txt.xz: cannot be read"),
+    ],
+)
+def test_text_files_that_are_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        m.read_documents(tmp_path / name)
+
+
+def letters(texts):
+    return [[1, *(ord(c) - 90 for c in text)] for text in texts]
+
+
+def test_rows_are_shuffled_documents_end_to_end():
+    documents = ["aaa", "bbbbb", "cc", "dddd"]
+    stream = m.pack_rows(documents, letters, config_of(), 12, 4, seed=3).flatten().tolist()
+    assert len(stream) == 12
+    whole = m.pack_rows(documents, letters, config_of(), 10**9, 22, seed=3).flatten().tolist()
+    assert whole[:12] == stream
+    found, at = [], 0
+    while at < len(whole):  # BOS, a document, EOS
+        end = whole.index(2, at)
+        assert whole[at] == 1
+        found.append("".join(chr(t + 90) for t in whole[at + 1 : end]))
+        at = end + 1
+    assert sorted(found) == documents != found
+    other = m.pack_rows(documents, letters, config_of(), 10**9, 22, seed=4).flatten().tolist()
+    assert sorted(other) == sorted(whole) and other != whole
+
+
+def test_tokens_that_the_model_lacks_are_refused():
+    with pytest.raises(ValueError, match="gives token 32, but the model's vocabulary has only 20"):
+        m.pack_rows(["zzz"], letters, config_of(vocab_size=20), 100, 2, seed=0)
+
+
+def test_end_of_text_may_be_a_list_or_missing():
+    for eos, end in ((2, [2]), ([7, 8], [7]), (None, [])):
+        rows = m.pack_rows(["ab"], letters, config_of(eos_token_id=eos), 100, 3 + len(end), seed=0)
+        assert rows.tolist() == [[1, 7, 8, *end]]
+
+
+@pytest.fixture(scope="session")
+def topics():
+    from pydoc_data.topics import topics
+
+    return list(topics.values())
+
+
+@pytest.fixture(scope="session")
+def bpe(topics, tmp_path_factory):
+    """A tokenizer.json with BOS by its post-processor, and a truncation that must not be obeyed."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["<unk>", "<s>", "</s>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(topics, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.enable_truncation(8)
+    file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return file
+
+
+def test_tokenizer_json_decides_on_bos(bpe):
+    encode = m.load_tokenizer(bpe.parent)
+    (ids,) = encode(["Notes on using the statement, at some length, again and again."])
+    assert ids[0] == 1 and 1 not in ids[1:] and 2 not in ids and len(ids) > 20
+
+
+def test_sentencepiece_puts_bos_first_unless_told(tmp_path, topics):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(topics[:20]).split(".")), vocab_size=200,
+        model_prefix=str(tmp_path / "tokenizer"), minloglevel=2)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    texts = ["the value of an expression", "a name"]
+    assert m.load_tokenizer(tmp_path)(texts) == [[1, *reference.encode(t)] for t in texts]
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert m.load_tokenizer(tmp_path)(texts) == [reference.encode(t) for t in texts]
+
+
+def test_missing_or_broken_tokenizers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer.json and no tokenizer.model"):
+        m.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match="tokenizer.model: cannot be read"):
+        m.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json: cannot be read"):
+        m.load_tokenizer(tmp_path)
+
+
+def test_calibration_and_held_out_rows(tmp_path, topics, bpe):
+    config = config_of(vocab_size=384)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in topics))
+    (tmp_path / "b.txt").write_text(topics[0])
+    rows, held_out = m.text_rows(bpe.parent, config, [tmp_path / "a.jsonl"], tokens=32 * 100 + 5,
+                                 seq_len=32)
+    assert (rows.shape, held_out.shape) == ((90, 32), (10, 32))
+    rows, held_out = m.text_rows(bpe.parent, config, [tmp_path / "a.jsonl"], [tmp_path / "b.txt"],
+                                 tokens=32 * 100 + 5, seq_len=32)
+    assert rows.shape == (100, 32) and not (rows[:, None] == held_out).all(-1).any()
+    with pytest.warns(UserWarning, match=r"whole rows of 32, not the 100,000,000 asked for"):
+        m.text_rows(bpe.parent, config, [tmp_path / "b.txt"], tokens=10**8, seq_len=32)
+    long = dataclasses.replace(config, max_position_embeddings=10**6)
+    with pytest.raises(ValueError, match="too little text"), pytest.warns(UserWarning):
+        m.text_rows(bpe.parent, long, [tmp_path / "b.txt"], tokens=2 * 10**5, seq_len=10**5)
+    for keywords, message in (({"seq_len": 513}, "sequence length 513: expected 2 to 512"),
+                              ({"seq_len": 1}, "sequence length 1: expected"),
+                              ({"tokens": 1000}, "1000 tokens: expected at least two rows of 512")):
+        with pytest.raises(ValueError, match=message):
+            m.text_rows(bpe.parent, config, [tmp_path / "b.txt"], **keywords)
+
+
+@pytest.mark.parametrize("metric", ["dist", "cos"])
+def test_grams_of_a_block_are_those_of_its_caches(metric):
+    config = config_of("qwen2")
+    weights = random_weights(config, dtype=torch.float64)
+    block = {n: w.double() for n, w in m.block_weights(weights, 0).items()}
+    x_BTD = torch.randn(3, 20, 48, generator=torch.Generator().manual_seed(0)).double()
+    grams = m.run_block_(config, block, x_BTD.clone(), metric)
+    normed = m.rms_norm(x_BTD, block["input_layernorm.weight"], 1e-5).flatten(0, 1)
+    k, v = (F.linear(normed, block[f"self_attn.{p}.weight"], block[f"self_attn.{p}.bias"])
+            for p in ("k_proj", "v_proj"))
+    for i, j in itertools.product(range(4), range(4)):
+        ki, kj, vi, vj = (y[:, 12 * h : 12 * h + 12] for y, h in ((k, i), (k, j), (v, i), (v, j)))
+        if metric == "cos":
+            ki, kj, vi, vj = (y / y.norm(dim=1, keepdim=True) for y in (ki, kj, vi, vj))
+        torch.testing.assert_close(grams["value"][i, j], vi.T @ vj)
+        for p in range(6):
+            zi, zj = (torch.complex(y[:, p], y[:, p + 6]) for y in (ki, kj))
+            torch.testing.assert_close(grams["key"][p, i, j], (zi * zj.conj()).sum())
+
+
+def test_keys_have_the_same_gram_before_and_after_rope():
+    config = config_of()
+    k_BKTE = torch.randn(1, 4, 50, 12, generator=torch.Generator().manual_seed(0)).double()
+    rope, _ = m.rope_and_mask(config, k_BKTE[:, 0, :, 0], dtype=torch.float64)
+    turned = m.apply_rope(k_BKTE, rope)
+    grams = [m.key_gram(k[0].transpose(0, 1)) for k in (k_BKTE, turned)]
+    torch.testing.assert_close(*grams, rtol=1e-6, atol=1e-5)  # cos and sin are float32
+
+
+# ---- 4 alignment ---------------------------------------------------------------------------------
+
+
+def test_procrustes_by_hand():
+    a = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    b = torch.tensor([[0.0, 1.0], [2.0, 0.0]])  # a with its axes exchanged: a reflection
+    torch.testing.assert_close(m.procrustes(a, b), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    # Of one plane RoPE allows only turns; Re Σ b conj(a) = 0 and Im = 1 - 4, so a quarter back.
+    torch.testing.assert_close(m.rope_procrustes(a, b), torch.tensor([[0.0, -1.0], [1.0, 0.0]]),
+                               atol=1e-6, rtol=0)
+    for function in (m.procrustes, m.rope_procrustes):
+        with pytest.raises(ValueError, match=r"of one shape, found \[2, 2\] and \[3, 2\]"):
+            function(a, torch.ones(3, 2))
+    with pytest.raises(ValueError, match="E is 3, but RoPE needs an even one"):
+        m.rope_procrustes(torch.ones(4, 3), torch.ones(4, 3))
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_procrustes_equals_scipy_and_recovers_a_map(seed):
+    a, noise = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(seed)).double()
+    q = orthogonal(8, seed=seed)
+    torch.testing.assert_close(m.procrustes(a, a @ q), q)
+    wanted, _ = scipy.linalg.orthogonal_procrustes(a.numpy(), noise.numpy())
+    torch.testing.assert_close(m.procrustes(a, noise), torch.from_numpy(wanted))
+    q = plane_rotation(phases(4, seed=seed))
+    torch.testing.assert_close(m.rope_procrustes(a, a @ q), q)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_rope_procrustes_commutes_with_rope_and_is_the_best(seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 40, 8, generator=generator).double()
+    q = m.rope_procrustes(a, b)
+    torch.testing.assert_close(q.T @ q, torch.eye(8).double())
+    assert torch.linalg.det(q) > 0.999
+    for position in (1, 7, 1000):
+        theta_P = 10.0 ** -torch.arange(4).double()
+        rope = plane_rotation(torch.polar(torch.ones_like(theta_P), position * theta_P))
+        torch.testing.assert_close(q @ rope, rope @ q)
+    error = (a @ q - b).norm()
+    assert error < (a - b).norm()
+    for other in range(20):  # a random direction away from q, in each plane
+        away_P = 0.1 * torch.randn(4, generator=generator).double()
+        away = torch.polar(torch.ones_like(away_P), away_P)
+        assert error <= (a @ q @ plane_rotation(away) - b).norm() + 1e-12, other
+
+
+def caches(*shape, seed=0):
+    """Heads that share a part: (…, M, N, E)."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = torch.randn(*shape, generator=generator)
+    shared = torch.randn(*shape[:-3], 1, *shape[-2:], generator=generator)
+    return (heads + shared).double()
+
+
+def value_gram_of(x_GMNE):
+    return torch.einsum("gine,gjnf->gijef", x_GMNE, x_GMNE)
+
+
+def key_gram_of(x_GMNE):
+    z = torch.complex(*x_GMNE.chunk(2, dim=-1))
+    return torch.einsum("ginp,gjnp->gpij", z, z.conj())
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_generalized_procrustes(rope):
+    x_GMNE = caches(3, 5, 60, 8)
+    gram = key_gram_of(x_GMNE) if rope else value_gram_of(x_GMNE)
+    maps, history = m.generalized_procrustes(gram, rope=rope)
+    if rope:
+        q = torch.stack([torch.stack([plane_rotation(maps[g, :, i]) for i in range(5)])
+                         for g in range(3)])
+        history = history.sum(-1)
+    else:
+        q = maps
+    torch.testing.assert_close(q.mT @ q, torch.eye(8).double().expand(3, 5, 8, 8))
+    torch.testing.assert_close(q[:, 0], torch.eye(8).double().expand(3, 8, 8))
+    assert (history.diff(dim=0) >= 0).all() and len(history) > 2
+    y = x_GMNE @ q  # the objective in Gram space is that of the caches
+    pairs = sum((y[:, i] * y[:, j]).sum((1, 2)) for i, j in itertools.combinations(range(5), 2))
+    torch.testing.assert_close(history[-1], pairs)
+    plain = sum((x_GMNE[:, i] * x_GMNE[:, j]).sum((1, 2))
+                for i, j in itertools.combinations(range(5), 2))
+    assert (pairs > plain).all()
+    # At the optimum every head stands best against the sum of the others.
+    for i in range(5):
+        others = y.sum(1) - y[:, i]
+        solve = m.rope_procrustes if rope else m.procrustes
+        for g in range(3):
+            best = (y[g, i] @ solve(y[g, i], others[g]) * others[g]).sum()
+            assert best <= (y[g, i] * others[g]).sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_generalized_procrustes_undoes_known_maps(rope):
+    shared = caches(2, 1, 60, 8).expand(2, 4, 60, 8)
+    if rope:
+        c = phases(2, 4, 4)
+        q = torch.stack([torch.stack([plane_rotation(c[g, i]) for i in range(4)])
+                         for g in range(2)])
+    else:
+        q = orthogonal(2, 4, 8)
+        assert {round(d.item()) for d in torch.linalg.det(q).flatten()} == {-1, 1}
+    x = shared @ q
+    gram = key_gram_of(x) if rope else value_gram_of(x)
+    maps, history = m.generalized_procrustes(gram, rope=rope)
+    if rope:
+        maps = torch.stack([torch.stack([plane_rotation(maps[g, :, i]) for i in range(4)])
+                            for g in range(2)])
+    y = x @ maps
+    torch.testing.assert_close(y, y[:, :1].expand_as(y))
+    assert len(history) <= 2  # the pairwise start is already there
+
+
+def test_a_pair_is_done_at_the_start():
+    x = caches(4, 2, 50, 6)
+    maps, history = m.generalized_procrustes(value_gram_of(x))
+    assert len(history) == 1
+    for g in range(4):
+        torch.testing.assert_close(maps[g, 1], m.procrustes(x[g, 1], x[g, 0]))
+
+
+def test_shapes_of_grams_are_checked():
+    for gram, rope in ((torch.ones(2, 3, 4), False), (torch.ones(2, 3), True)):
+        with pytest.raises(ValueError, match="expected a Gram"):
+            m.generalized_procrustes(gram, rope=rope)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("metric", ["cos", "dist"])
+def test_head_similarity_equals_alignment_of_the_caches(rope, metric):
+    x_KNE = caches(5, 60, 8)
+    if metric == "cos":
+        x_KNE = x_KNE / x_KNE.norm(dim=-1, keepdim=True)
+    gram = key_gram_of(x_KNE[None])[0] if rope else value_gram_of(x_KNE[None])[0]
+    s = m.head_similarity(gram, 60, metric, rope=rope)
+    for i, j in itertools.product(range(5), range(5)):
+        turned = x_KNE[j] @ (m.rope_procrustes if rope else m.procrustes)(x_KNE[j], x_KNE[i])
+        if metric == "cos":
+            wanted = (x_KNE[i] * turned).sum(1).mean()
+        else:
+            wanted = -(x_KNE[i] - turned).square().sum(1).mean()
+        torch.testing.assert_close(s[i, j], wanted)
+    with pytest.raises(ValueError, match="metric 'l2': expected cos or dist"):
+        m.head_similarity(gram, 60, "l2", rope=rope)
+
+
+# ---- 5 grouping ----------------------------------------------------------------------------------
+
+
+def score(s, groups):
+    return sum(s[i, j] for group in groups for i, j in itertools.combinations(group, 2))
+
+
+def all_groupings(heads, size):
+    if not heads:
+        yield []
+        return
+    for rest in itertools.combinations(heads[1:], size - 1):
+        left = [h for h in heads[1:] if h not in rest]
+        for groups in all_groupings(left, size):
+            yield [[heads[0], *rest], *groups]
+
+
+def random_similarity(k, seed):
+    s = np.random.default_rng(seed).normal(size=(k, k))
+    return s + s.T
+
+
+def test_four_heads_in_two_groups():
+    s = torch.tensor([[0, 1, 9, 1], [1, 0, 1, 8], [9, 1, 0, 1], [1, 8, 1, 0.0]])
+    assert m.anneal_groups(s, 2) == [[0, 2], [1, 3]]
+    assert m.anneal_groups(s, 1) == [[0, 1, 2, 3]]
+    assert m.anneal_groups(s, 4) == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("k, n_groups", [(4, 2), (6, 3), (6, 2), (8, 4), (8, 2)])
+def test_grouping_finds_the_optimum_of_brute_force(k, n_groups):
+    for seed in range(10):
+        s = random_similarity(k, seed)
+        groups = m.anneal_groups(s, n_groups, seed=seed)
+        best = max(score(s, g) for g in all_groupings(list(range(k)), k // n_groups))
+        assert score(s, groups) == pytest.approx(best)
+        assert sorted(sum(groups, [])) == list(range(k))
+        assert groups == m.anneal_groups(s, n_groups, seed=seed)
+
+
+def descend(s, groups):
+    """Exhaustive pair swaps, scored by definition, until none helps."""
+    of = np.empty(len(s), int)
+    for g, members in enumerate(groups):
+        of[members] = g
+    while True:
+        to = np.stack([s[:, of == g].sum(1) for g in range(len(groups))], 1)
+        gain, swap = max((to[i, of[j]] - to[i, of[i]] + to[j, of[i]] - to[j, of[j]] - 2 * s[i, j],
+                          (i, j)) for i, j in itertools.combinations(range(len(s)), 2)
+                         if of[i] != of[j])
+        if gain <= 1e-9:
+            return [np.flatnonzero(of == g).tolist() for g in range(len(groups))]
+        i, j = swap
+        of[i], of[j] = of[j], of[i]
+
+
+@pytest.mark.parametrize("n_groups", [16, 8, 4])
+def test_32_heads_as_good_as_many_exhaustive_descents(n_groups):
+    s = random_similarity(32, n_groups)
+    np.fill_diagonal(s, 0)
+    rng = np.random.default_rng(0)
+    best = max(score(s, descend(s, rng.permutation(32).reshape(n_groups, -1).tolist()))
+               for _ in range(10))
+    start = time.perf_counter()
+    found = score(s, m.anneal_groups(s, n_groups))
+    assert time.perf_counter() - start < 5  # it takes 0.2; the margin is for busy machines
+    assert found >= best - 1e-9
+    zero = m.anneal_groups(s, n_groups, temperature=0)  # the paper's rule
+    assert sorted(sum(zero, [])) == list(range(32))
+
+
+def test_grouping_refuses():
+    with pytest.raises(ValueError, match="6 heads cannot be split into 4 equal groups"):
+        m.anneal_groups(np.zeros((6, 6)), 4)
+    with pytest.raises(ValueError, match=r"finite square matrix, found shape \(2, 3\)"):
+        m.anneal_groups(np.zeros((2, 3)), 1)
+    with pytest.raises(ValueError, match="finite square matrix"):
+        m.anneal_groups(np.full((4, 4), np.nan), 2)
+
+
+# ---- 6 transform and merge -----------------------------------------------------------------------
+
+
+def scrambled(config, weights, seed=0):
+    """The same model with its units shuffled and every one turned by random free maps."""
+    k, e = config.num_key_value_heads, config.head_dim
+    out = m.outer_weights(weights)
+    for i in range(config.num_hidden_layers):
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(seed + i)).tolist()
+        maps = orthogonal(k, e, seed=seed + i), phases(k, e // 2, seed=seed + i)
+        block = m.transform(m.block_weights(weights, i), config, order, *maps)
+        dtype = weights["model.norm.weight"].dtype
+        out |= {m.block_prefix(i) + n: w.to(dtype) for n, w in block.items()}
+    return out
+
+
+@every_config
+def test_transformed_models_are_the_same_model(name):
+    config = config_of(name)
+    weights = random_weights(config, dtype=torch.float64)
+    tokens = random_tokens(config, time=200)
+    turned = scrambled(config, weights)
+    changed = [n for n in weights if not torch.equal(weights[n], turned[n])]
+    assert {n.split(".")[-2] for n in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    difference = logits_of(config, weights, tokens) - logits_of(config, turned, tokens)
+    assert difference.abs().max() <= 1e-9
+
+
+def test_merge_averages_neighbours_by_hand():
+    config = config_of("qwen2")
+    block = m.block_weights(random_weights(config), 0)
+    merged = m.merge(block, config, 2)
+    for part in ("k_proj", "v_proj"):
+        for kind in ("weight", "bias"):
+            heads = block[f"self_attn.{part}.{kind}"].double().unflatten(0, (4, 12))
+            wanted = torch.cat([(heads[0] + heads[1]) / 2, (heads[2] + heads[3]) / 2])
+            torch.testing.assert_close(merged[f"self_attn.{part}.{kind}"], wanted)
+    assert all(merged[n] is block[n] for n in block if "k_proj" not in n and "v_proj" not in n)
+
+
+# ---- 7 masks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_alpha", [-3.0, 0.0, 1.5])
+def test_hard_concrete_follows_its_distribution(log_alpha):
+    n = 200_000
+    z = m.hard_concrete(torch.full((n,), log_alpha), torch.Generator().manual_seed(0)).double()
+    beta, gamma, zeta = 2 / 3, -0.1, 1.1
+
+    def cdf(x):  # P(z <= x), Louizos et al. 2017, eq. 8 stretched
+        s = (x - gamma) / (zeta - gamma)
+        return 1 / (1 + np.exp(-((np.log(s) - np.log1p(-s)) * beta - log_alpha)))
+
+    margin = 4 * 0.5 / n**0.5
+    assert abs((z == 0).double().mean() - cdf(0)) < margin
+    assert abs((z == 1).double().mean() - (1 - cdf(1))) < margin
+    opened = m.open_probability(torch.tensor(log_alpha, dtype=torch.float64))
+    assert opened.item() == pytest.approx(1 - cdf(0))
+    inside = z[(z > 0) & (z < 1)].numpy()
+    law = scipy.stats.kstest(inside[:5000], lambda x: (cdf(x) - cdf(0)) / (cdf(1) - cdf(0)))
+    assert law.pvalue > 1e-3
+
+
+def test_deterministic_masks():
+    z = m.hard_concrete(torch.tensor([-20.0, 0.0, 1.0, 20.0]))
+    stretched = 1.2 / (1 + math.exp(-1)) - 0.1
+    torch.testing.assert_close(z, torch.tensor([0.0, 0.5, stretched, 1.0]))
+
+
+def test_masks_repeat_with_the_generator_and_pass_gradients():
+    log_alpha = torch.linspace(-1, 1, 7, dtype=torch.float64, requires_grad=True)
+
+    def draw(x):
+        return m.hard_concrete(x, torch.Generator().manual_seed(5))
+
+    assert torch.equal(draw(log_alpha), draw(log_alpha))
+    assert torch.autograd.gradcheck(draw, log_alpha)
+    assert torch.autograd.gradcheck(m.open_probability, log_alpha)
+    assert torch.autograd.gradcheck(lambda x: m.l0_loss(x, 0.3), log_alpha)
+
+
+def test_l0_loss_by_hand():
+    log_alpha = torch.tensor([[0.0, 2.0], [-1.0, 5.0]], dtype=torch.float64)
+    shift = 2 / 3 * np.log(0.1 / 1.1)
+    s = np.mean([1 / (1 + np.exp(-(a - shift))) for a in (0, 2, -1, 5)])
+    for target in (0.0, 0.5, 1.0):
+        assert m.l0_loss(log_alpha, target).item() == pytest.approx(
+            abs(s - target) + (s - target) ** 2)
+
+
+# ---- 8 losses ------------------------------------------------------------------------------------
+
+
+def logit_pair(*shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return (3 * torch.randn(2, *shape, generator=generator)).to(dtype)
+
+
+def test_kl_loss_equals_scipy():
+    student, teacher = logit_pair(4, 5, 30)
+    for temperature in (1.0, 2.5):
+        p, q = (scipy.special.softmax(x.numpy() / temperature, -1) for x in (teacher, student))
+        found = m.kl_loss(student, teacher, temperature)
+        assert found.shape == (4, 5)
+        np.testing.assert_allclose(found, scipy.stats.entropy(p, q, axis=-1))
+    assert m.kl_loss(teacher, teacher).abs().max() < 1e-12
+    assert m.kl_loss(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_bild_loss_equals_its_definition():
+    student, teacher = logit_pair(6, 40)
+    wanted = []
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        total = 0
+        for leader in (t, s):
+            ids = sorted(range(40), key=lambda i: -leader[i])[:5]
+            pairs = list(itertools.combinations(ids, 2))
+            p, q = (scipy.special.softmax([(x[i] - x[j]) / 3 for i, j in pairs]) for x in (t, s))
+            total += scipy.stats.entropy(p, q)
+        wanted.append(total)
+    np.testing.assert_allclose(m.bild_loss(student, teacher, top_k=5), wanted)
+    torch.testing.assert_close(m.bild_loss(student + 7, teacher), m.bild_loss(student, teacher))
+
+
+def test_losses_have_the_gradients_of_finite_differences():
+    student, teacher = logit_pair(3, 12)
+    student.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x: m.kl_loss(x, teacher, 2.0), student)
+    assert torch.autograd.gradcheck(lambda x: m.bild_loss(x, teacher, top_k=4), student)
+
+
+# ---- 9 convert -----------------------------------------------------------------------------------
+
+
+def train_a_little(config, rows, steps=250):
+    torch.manual_seed(0)
+    model = m.Llama(config)
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(steps):
+        batch = rows[torch.randint(len(rows), (16,), generator=torch.Generator().manual_seed(step))]
+        loss = F.cross_entropy(model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 4  # from ln 384 = 5.95: it has learned something
+    return {name: w.detach() for name, w in model.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, topics, bpe):
+    """A folder with text.jsonl and small trained checkpoints: gqa (8 query heads on 4), mha."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in topics))
+    for name, kv_heads in (("gqa", 4), ("mha", 8)):
+        config = config_of(vocab_size=384, hidden_size=64, intermediate_size=128, head_dim=16,
+                           num_attention_heads=8, num_key_value_heads=kv_heads,
+                           max_position_embeddings=64, tie_word_embeddings=name == "gqa")
+        rows, _ = m.text_rows(bpe.parent, config, [folder / "text.jsonl"], tokens=100_000)
+        m.save_checkpoint(folder / name, config, train_a_little(config, rows), bpe.parent)
+    return folder
+
+
+def run(trained, source, out, kv_heads, **keywords):
+    keywords = {"tokens": 20_000, **keywords}
+    return m.convert(trained / source, out, kv_heads, [trained / "text.jsonl"], **keywords)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_alignment_beats_mean_pooling(trained, tmp_path, kv_heads):
+    for group, metric in itertools.product(("value", "key", "adjacent"), ("dist", "cos")):
+        out = tmp_path / f"{group}-{metric}"
+        report = run(trained, "mha", out, kv_heads, group=group, metric=metric)
+        loss = report["loss_nats_per_token"]
+        assert loss["source"] < loss["converted"] < loss["mean_pooled"], (group, metric)
+        for s in report["similarity_inside_groups"].values():
+            assert s["before"] < s["after"]
+        assert json.loads((out / "mha2gqa.json").read_text()) == report
+
+
+def test_the_report_can_be_checked(trained, tmp_path):
+    """Its losses are transformers' on the directories; sizes, config and files are as promised."""
+    report = run(trained, "mha", tmp_path / "out", 2)
+    loss = report["loss_nats_per_token"]
+    assert report["kv_cache_bytes_per_token"] == {"source": 2 * 2 * 8 * 16 * 4,
+                                                  "converted": 2 * 2 * 2 * 16 * 4}
+    config, _ = m.load_checkpoint(trained / "mha")
+    _, held_out = m.text_rows(trained / "mha", config, [trained / "text.jsonl"], tokens=20_000)
+    assert report["tokens"] == {"calibration": 281 * 64, "held_out": held_out.numel(),
+                                "seq_len": 64}
+    for path, wanted in ((trained / "mha", loss["source"]), (tmp_path / "out", loss["converted"])):
+        with torch.no_grad():
+            found = transformers_model(path)(held_out, labels=held_out).loss.item()
+        assert found == pytest.approx(wanted, abs=1e-5)
+        again = m.evaluate(path, [trained / "text.jsonl"], tokens=20_000)
+        assert again["loss_nats_per_token"] == pytest.approx(wanted, abs=1e-6)
+    raw, new = (json.loads((p / "config.json").read_text())
+                for p in (trained / "mha", tmp_path / "out"))
+    assert new == {**raw, "num_key_value_heads": 2}
+    for layer in report["layers"]:
+        assert sorted(sum(layer["groups"], [])) == list(range(8))
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (
+        trained / "mha/tokenizer.json").read_bytes()
+    assert report["peak_memory_bytes"]["host"] > 0
+
+
+def test_without_alignment_it_is_mean_pooling_of_neighbours(trained, tmp_path):
+    report = run(trained, "mha", tmp_path / "out", 2, align="none")
+    assert report["method"]["group"] == "adjacent"
+    assert report["layers"][0]["groups"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    loss = report["loss_nats_per_token"]
+    assert loss["converted"] == loss["mean_pooled"]
+    (_, source), (_, pooled) = (m.load_checkpoint(p) for p in (trained / "mha", tmp_path / "out"))
+    name = "model.layers.1.self_attn.k_proj.weight"
+    wanted = source[name].view(2, 4, 16, 64).mean(1).flatten(0, 1)
+    torch.testing.assert_close(pooled[name], wanted)
+
+
+@pytest.mark.parametrize("source, kv_heads", [("mha", 4), ("mha", 1), ("gqa", 2), ("gqa", 1)])
+def test_outputs_in_transformers_with_a_cache(trained, tmp_path, source, kv_heads):
+    run(trained, source, tmp_path / "out", kv_heads)
+    config, weights = m.load_checkpoint(tmp_path / "out")
+    assert config.num_key_value_heads == kv_heads
+    model = transformers_model(tmp_path / "out")
+    tokens = random_tokens(config, time=64)
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    found = logits_of(config, weights, tokens)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    prompt = tokens[:1, :5]
+    output = model.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert output.shape == (1, 25)
+    best = logits_of(config, weights, output)[0, 4:-1].argmax(-1)  # all at once, without a cache
+    assert torch.equal(best, output[0, 5:])
+
+
+def expand_to_mha(config, weights):
+    """A GQA model with every KV head copied to each of its query heads: the same model as MHA."""
+    copies, e = config.num_attention_heads // config.num_key_value_heads, config.head_dim
+    weights = {n: w.unflatten(0, (-1, e)).repeat_interleave(copies, 0).flatten(0, 1)
+               if "k_proj" in n or "v_proj" in n else w for n, w in weights.items()}
+    raw = {**config.raw, "num_key_value_heads": config.num_attention_heads}
+    return m.parse_config(raw), weights
+
+
+@pytest.mark.parametrize("group", ["value", "key"])
+@pytest.mark.parametrize("metric", ["dist", "cos"])
+def test_the_exact_oracle(trained, tmp_path, group, metric):
+    """Copied, shuffled and turned heads are found again and undone: no loss at all."""
+    config, weights = m.load_checkpoint(trained / "gqa")
+    config, weights = expand_to_mha(config, weights)
+    m.save_checkpoint(tmp_path / "mha", config, scrambled(config, weights), trained / "gqa")
+    text = [trained / "text.jsonl"]
+    report = m.convert(tmp_path / "mha", tmp_path / "out", 4, text, tokens=20_000, group=group,
+                       metric=metric)
+    wanted = m.evaluate(trained / "gqa", text, tokens=20_000)["loss_nats_per_token"]
+    loss = report["loss_nats_per_token"]
+    assert loss["source"] == pytest.approx(wanted, abs=1e-4)
+    assert loss["converted"] == pytest.approx(wanted, abs=1e-4)
+    assert loss["mean_pooled"] > wanted + 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_and_the_ties_of_the_source_are_kept(trained, tmp_path, dtype):
+    config, weights = m.load_checkpoint(trained / "gqa")
+    narrow = {n: w.to(dtype) for n, w in weights.items()}
+    m.save_checkpoint(tmp_path / "narrow", config, narrow, trained / "gqa")
+    text = [trained / "text.jsonl"]
+    report = m.convert(tmp_path / "narrow", tmp_path / "out", 2, text, tokens=20_000)
+    _, out = m.load_checkpoint(tmp_path / "out")
+    assert {w.dtype for w in out.values()} == {dtype} and "lm_head.weight" not in out
+    again = m.evaluate(tmp_path / "out", text, tokens=20_000)["loss_nats_per_token"]
+    assert report["loss_nats_per_token"]["converted"] == pytest.approx(again, abs=1e-6)
+    full = m.convert(trained / "gqa", tmp_path / "full", 2, text, tokens=20_000)
+    assert again == pytest.approx(full["loss_nats_per_token"]["converted"], abs=0.03)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        assert torch.equal(out[name], narrow[name])
+
+
+def test_biased_models_convert(trained, tmp_path):
+    """Qwen2's biases are aligned and merged with their rows; the oracle is exact there, too."""
+    raw = {**json.loads((trained / "gqa/config.json").read_text()), "model_type": "qwen2"}
+    config = m.parse_config(raw)
+    _, weights = m.load_checkpoint(trained / "gqa")
+    weights = random_weights(config) | weights  # only the biases are new
+    config, weights = expand_to_mha(config, weights)
+    m.save_checkpoint(tmp_path / "mha", config, scrambled(config, weights), trained / "gqa")
+    report = m.convert(tmp_path / "mha", tmp_path / "out", 4, [trained / "text.jsonl"],
+                       tokens=20_000)
+    loss = report["loss_nats_per_token"]
+    assert loss["converted"] == pytest.approx(loss["source"], abs=1e-4)
+
+
+def test_memory_does_not_grow_with_the_layers(tmp_path, bpe, topics):
+    (tmp_path / "text.txt").write_text("\n".join(topics))
+    peaks = []
+    for n_layers in (4, 16):
+        config = config_of(num_hidden_layers=n_layers, vocab_size=384, hidden_size=256,
+                           intermediate_size=4096)
+        path = tmp_path / str(n_layers)
+        m.save_checkpoint(path, config, random_weights(config), bpe.parent)
+        subprocess.run([sys.executable, PROGRAM, path, tmp_path / f"out{n_layers}", "--kv-heads",
+                        "2", "--text", tmp_path / "text.txt", "--tokens", "2048"], check=True)
+        report = json.loads((tmp_path / f"out{n_layers}/mha2gqa.json").read_text())
+        peaks.append(report["peak_memory_bytes"]["host"])
+        block = m.n_bytes(m.block_weights(m.load_checkpoint(path)[1], 0).values())
+    assert peaks[1] - peaks[0] < 4 * block  # and not 12 blocks more
+
+
+# ---- 10 command line -----------------------------------------------------------------------------
+
+
+def command(capfd, *arguments):
+    """Exit status, standard output and error of the command line."""
+    status = m.main([str(a) for a in arguments])
+    return status, *capfd.readouterr()
+
+
+def refused(capfd, folder, message, *arguments):
+    """Assert one line that says it, exit status 2, and nothing written anywhere in `folder`."""
+    before = sorted(folder.rglob("*"))
+    status, out, err = command(capfd, *arguments)
+    assert status == 2 and "held-out" not in out
+    assert re.fullmatch(rf"error: .*{message}.*\n", err), err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
+    text = trained / "text.jsonl"
+    common = ("--text", text, "--tokens", 20_000, "--seq-len", 32)
+    status, out, err = command(capfd, trained / "mha", tmp_path / "out", "--kv-heads", 4, *common)
+    assert (status, err) == (0, "")  # no progress bar where there is no terminal
+    plan, *table = out.splitlines()
+    assert re.match(r"2 blocks, 8 to 4 KV heads \(align rotation, group value, metric dist\); "
+                    r"18,\d{3} tokens to calibrate, \d,\d{3} held out, in rows of 32; "
+                    r"about \d\.\d GB of memory \(cpu\)", plan)
+    report = json.loads((tmp_path / "out/mha2gqa.json").read_text())
+    converted = report["loss_nats_per_token"]["converted"]
+    assert re.search(rf"converted +{converted:.4f} +\+\d\.\d{{4}}", "\n".join(table))
+    assert "  2,048 -> 1,024" in table
+    status, out, err = command(capfd, "--evaluate", tmp_path / "out", *common)
+    held_out = report["tokens"]["held_out"]
+    assert out == f"held-out loss {converted:.4f} nats/token, {held_out:,} tokens\n"
+    status, out, err = command(capfd, "--evaluate", tmp_path / "out", "--eval-text", text)
+    assert status == 0 and err == ""
+
+
+def test_dry_run_writes_nothing(trained, tmp_path, capfd):
+    status, out, err = command(capfd, trained / "mha", tmp_path / "out", "--kv-heads", 4, "--text",
+                               trained / "text.jsonl", "--dry-run", "--tokens", 1000)
+    assert (status, out.count("\n"), err) == (0, 1, "") and not list(tmp_path.iterdir())
+
+
+def test_short_text_is_a_warning(trained, tmp_path):
+    done = subprocess.run([sys.executable, PROGRAM, trained / "mha", tmp_path / "out", "--kv-heads",
+                           "4", "--text", trained / "text.jsonl", "--tokens", "1000000000",
+                           "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    assert re.fullmatch(r"warning: the text has [\d,]+ tokens in whole rows of 64, not the "
+                        r"1,000,000,000 asked for: using those\n", done.stderr)
+
+
+@pytest.mark.parametrize("kv_heads, message", [
+    (3, "3 KV heads: the source has 8, choose one of 1, 2, 4"),
+    (8, "8 KV heads: the source has 8, choose one of 1, 2, 4"),
+    (16, "16 KV heads: the source has 8"), (0, "0 KV heads: the"), (-2, "-2 KV heads: the")])
+def test_numbers_of_heads_that_are_refused(trained, tmp_path, capfd, kv_heads, message):
+    refused(capfd, tmp_path, message, trained / "mha", tmp_path / "out", f"--kv-heads={kv_heads}",
+            "--text", trained / "text.jsonl")
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_sources_by_command(trained, tmp_path, capfd, what):
+    config = config_of()
+    m.save_checkpoint(tmp_path / "x", config, random_weights(config), trained / "mha")
+    break_checkpoint(tmp_path / "x", what)
+    refused(capfd, tmp_path, BROKEN[what], tmp_path / "x", tmp_path / "out", "--kv-heads", 2,
+            "--text", trained / "text.jsonl")
+
+
+def test_other_bad_input_by_command(trained, tmp_path, capfd):
+    source, text, out = trained / "mha", trained / "text.jsonl", tmp_path / "out"
+
+    def check(message, model=source, out=out, text=text, extra=()):
+        refused(capfd, tmp_path, message, model, out, "--kv-heads", 4, "--text", text, *extra)
+
+    check("nowhere: no such directory", model=tmp_path / "nowhere")
+    shutil.copytree(source, tmp_path / "mute")
+    (tmp_path / "mute/tokenizer.json").unlink()
+    check("mute: no tokenizer.json and no tokenizer.model", model=tmp_path / "mute")
+    check("none.jsonl: no such file", text=tmp_path / "none.jsonl")
+    (tmp_path / "empty.txt").touch()
+    check("empty.txt: holds no text", text=tmp_path / "empty.txt")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b}\n')
+    check("bad.jsonl, line 2: not JSON", text=tmp_path / "bad.jsonl")
+    check("sequence length 65: expected 2 to 64", extra=["--seq-len", 65])
+    check("device 'gpu' cannot be used", extra=["--device", "gpu"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    check("full: exists and is not an empty directory", out=tmp_path / "full")
+    check("empty.txt: exists and is not an empty directory", out=tmp_path / "empty.txt")
+    check("deep: no such directory to write out into", out=tmp_path / "deep/out")
+
+
+def test_too_small_a_disk_is_seen_before(trained, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
+    refused(capfd, tmp_path, r"[\d,]+ bytes are needed, 1,000 are free", trained / "mha",
+            tmp_path / "out", "--kv-heads", 4, "--text", trained / "text.jsonl")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight",
+                                  "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite(trained, tmp_path, capfd, name, value):
+    config, weights = m.load_checkpoint(trained / "mha")
+    weights[name] = weights[name].clone()
+    weights[name][3, 5] = value
+    m.save_checkpoint(tmp_path / "x", config, weights, trained / "mha")
+    refused(capfd, tmp_path, f"tensor {name} holds values that are not finite", tmp_path / "x",
+            tmp_path / "out", "--kv-heads", 4, "--text", trained / "text.jsonl", "--tokens", 1000)
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_full_disk_leaves_nothing(trained, tmp_path):
+    """As a program of its own, whose files may not grow beyond what the first shard needs."""
+    done = subprocess.run(
+        [sys.executable, PROGRAM, trained / "mha", tmp_path / "out", "--kv-heads", "4", "--text",
+         trained / "text.jsonl", "--tokens", "1000"],
+        capture_output=True, text=True, preexec_fn=limit_file_size)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert re.fullmatch(r"error: .*model-00001-of-00003.*File too large.*\n", done.stderr)
+
+
+def test_usage_errors_end_with_status_2(trained, tmp_path):
+    for arguments in ([], [trained / "mha"], [trained / "mha", tmp_path / "out", "--kv-heads", "4"],
+                      ["--evaluate", trained / "mha"]):
+        done = subprocess.run([sys.executable, PROGRAM, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("usage: mha2gqa.py")
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config_of().hidden_size = 3
