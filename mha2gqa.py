@@ -669,8 +669,8 @@ def pack_rows(
 def text_rows(
     model_dir: PathLike,
     config: LlamaConfig,
-    text: Sequence[PathLike],
-    eval_text: Sequence[PathLike] = (),
+    text: PathLike | Sequence[PathLike],
+    eval_text: PathLike | Sequence[PathLike] = (),
     tokens: int = 262_144,
     seq_len: int | None = None,
     seed: int = 0,
@@ -690,6 +690,7 @@ def text_rows(
     encode = load_tokenizer(model_dir)
 
     def rows(files, n_tokens):
+        files = [files] if isinstance(files, PathLike) else files
         documents = [document for file in files for document in read_documents(file)]
         return pack_rows(documents, encode, config, n_tokens, seq_len, seed)
 
@@ -730,13 +731,14 @@ def watched(block: "Block", config: LlamaConfig, metric: str) -> Iterator[dict[s
     """Within the with block, sums the "key" and "value" Grams of all that runs through `block`.
 
     `metric` "cos" first brings every head's vector to length 1 (eq. 7, 8), "dist" does not.
-    Products of some thousand tokens are made in the model's dtype, their sums in float64.
+    Products of some thousand tokens are made in float32 at least, their sums in float64.
     """
     grams = {"key": 0, "value": 0}
 
     def add(name, gram, sum_dtype):
         def hook(_module, _inputs, y_BTF):
             y_NKE = y_BTF.flatten(0, 1).unflatten(-1, (-1, config.head_dim))
+            y_NKE = y_NKE.to(torch.promote_types(y_NKE.dtype, torch.float32))
             y_NKE = F.normalize(y_NKE, dim=-1) if metric == "cos" else y_NKE
             grams[name] = grams[name] + gram(y_NKE).to(sum_dtype)
 
@@ -759,9 +761,9 @@ def watched(block: "Block", config: LlamaConfig, metric: str) -> Iterator[dict[s
 def polar(a: Tensor) -> Tensor:
     """The unitary q of shape (…, E, E) with the greatest Re⟨a, q⟩: U Vᴴ of a = U S Vᴴ.
 
-    Of a single number, which is what a head has in a RoPE plane, it is the phase a/|a|.
+    Of a single complex number, which a head is in a RoPE plane, it is the phase a/|a|.
     """
-    if a.shape[-1] == 1:
+    if a.is_complex() and a.shape[-1] == 1:
         return torch.polar(torch.ones_like(a.real), a.angle())
     u, _, vh = torch.linalg.svd(a)
     return u @ vh
@@ -1115,8 +1117,8 @@ def convert(
     model_dir: PathLike,
     out_dir: PathLike,
     kv_heads: int,
-    text: Sequence[PathLike],
-    eval_text: Sequence[PathLike] = (),
+    text: PathLike | Sequence[PathLike],
+    eval_text: PathLike | Sequence[PathLike] = (),
     tokens: int = 262_144,
     seq_len: int | None = None,
     align: str = "rotation",
@@ -1179,8 +1181,7 @@ def convert(
 
 def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) -> dict:
     """The work of `convert`: write the shards into `folder`, return what was measured."""
-    for name, weight in outer_weights(weights).items():
-        check_finite(name, weight)
+    check_finite(outer_weights(weights))
     seconds, timed = stopwatch(to["device"])
     calibration, source_x = (embed(weights, tokens, to) for tokens in (rows, held_out))
     mean_pooled_x, converted_x = source_x.clone(), source_x.clone()
@@ -1247,14 +1248,14 @@ def aligned_blocks(
 
 def read_block(weights: Mapping[str, Tensor], i: int, device) -> dict[str, Tensor]:
     block = {name: w.to(device) for name, w in block_weights(weights, i).items()}
-    for name, weight in block.items():
-        check_finite(block_prefix(i) + name, weight)
+    check_finite(block, block_prefix(i))
     return block
 
 
-def check_finite(name: str, weight: Tensor) -> None:
-    if not all(torch.isfinite(bound) for bound in weight.aminmax()):
-        raise ValueError(f"tensor {name} holds values that are not finite: a broken checkpoint")
+def check_finite(weights: Mapping[str, Tensor], prefix: str = "") -> None:
+    for name, weight in weights.items():
+        if not all(torch.isfinite(bound) for bound in weight.aminmax()):
+            raise ValueError(f"tensor {prefix}{name} holds values that are not finite")
 
 
 def embed(weights: Mapping[str, Tensor], tokens_BT: Tensor, to: Mapping) -> Tensor:
@@ -1292,8 +1293,8 @@ def mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
 @torch.no_grad()
 def evaluate(
     model_dir: PathLike,
-    text: Sequence[PathLike] = (),
-    eval_text: Sequence[PathLike] = (),
+    text: PathLike | Sequence[PathLike] = (),
+    eval_text: PathLike | Sequence[PathLike] = (),
     tokens: int = 262_144,
     seq_len: int | None = None,
     device: str = "auto",
@@ -1308,6 +1309,7 @@ def evaluate(
     to = {"device": pick_device(device), "dtype": dtype}
     config, weights = load_checkpoint(model_dir)
     _, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
+    check_finite(outer_weights(weights))
     x_BTD = embed(weights, held_out, to)
     for i in progress(range(config.num_hidden_layers), config.num_hidden_layers):
         run_block_(config, read_block(weights, i, to["device"]), x_BTD)
@@ -1489,7 +1491,7 @@ def print_table(report: Mapping) -> None:
     for name, value in loss.items():
         gap = "" if name == "source" else f"  {value - loss['source']:+8.4f}"
         print(f"  {name.replace('_', '-'):<12}{value:8.4f}{gap}")
-    print(f"similarity inside groups, {report['method']['metric']}")
+    print(f"similarity inside groups ({report['method']['metric']}), before and after alignment")
     for name, s in report["similarity_inside_groups"].items():
         print(f"  {name + 's':<12}{s['before']:8.4f} -> {s['after']:.4f}")
     print(f"KV cache, bytes a token\n  {cache['source']:,} -> {cache['converted']:,}")
@@ -1516,6 +1518,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1054,6 +1054,14 @@ def test_the_dtype_and_the_ties_of_the_source_are_kept(trained, tmp_path, dtype)
         assert torch.equal(out[name], narrow[name])
 
 
+def test_a_forward_in_bf16_converts_nearly_as_well(trained, tmp_path):
+    text = trained / "text.jsonl"  # a single path will do
+    full, half = (m.convert(trained / "mha", tmp_path / str(dtype), 2, text, tokens=20_000,
+                            dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for name, loss in half["loss_nats_per_token"].items():
+        assert loss == pytest.approx(full["loss_nats_per_token"][name], abs=0.05)
+
+
 def test_biased_models_convert(trained, tmp_path):
     """Qwen2's biases are aligned and merged with their rows; the oracle is exact there, too."""
     raw = {**json.loads((trained / "gqa/config.json").read_text()), "model_type": "qwen2"}
