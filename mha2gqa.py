@@ -650,10 +650,13 @@ def pack_rows(
     end = [] if eos is None else [eos if isinstance(eos, int) else eos[0]]
     documents = random.Random(seed).sample(documents, len(documents))
     ids, read = [np.zeros(0, np.int64)], 0
-    for i in range(0, len(documents), 64):
-        if read >= n_tokens:
-            break
-        for tokens in encode(documents[i : i + 64]):
+    while documents and read < n_tokens:
+        batch, size = [], 0
+        while documents and size < 1_000_000:
+            # A tokenizer takes a hundred bytes a character: of a huge file, no more than can count.
+            batch.append(documents.pop()[: 16 * n_tokens])
+            size += len(batch[-1])
+        for tokens in encode(batch):
             ids.append(np.array(tokens + end, np.int64))
             read += len(ids[-1])
     stream = np.concatenate(ids)[:n_tokens]
@@ -883,9 +886,9 @@ def anneal_groups(
     s_KK: Tensor | np.ndarray,
     n_groups: int,
     seed: int = 0,
-    restarts: int = 128,
-    steps: int = 2000,
-    temperature: float = 1.0,
+    restarts: int = 512,
+    steps: int = 4000,
+    temperature: float = 2.0,
 ) -> list[list[int]]:
     """Split K heads into equal groups with the greatest sum of s over pairs inside (eq. 23, 24).
 

@@ -733,33 +733,32 @@ def test_grouping_finds_the_optimum_of_brute_force(k, n_groups):
         assert groups == m.anneal_groups(s, n_groups, seed=seed)
 
 
-def descend(s, groups):
-    """Exhaustive pair swaps, scored by definition, until none helps."""
-    of = np.empty(len(s), int)
-    for g, members in enumerate(groups):
-        of[members] = g
+def descend(s, group):
+    """Make the best of all swaps of two heads until none helps; returns the score."""
     while True:
-        to = np.stack([s[:, of == g].sum(1) for g in range(len(groups))], 1)
-        gain, swap = max((to[i, of[j]] - to[i, of[i]] + to[j, of[i]] - to[j, of[j]] - 2 * s[i, j],
-                          (i, j)) for i, j in itertools.combinations(range(len(s)), 2)
-                         if of[i] != of[j])
-        if gain <= 1e-9:
-            return [np.flatnonzero(of == g).tolist() for g in range(len(groups))]
-        i, j = swap
-        of[i], of[j] = of[j], of[i]
+        same = group[:, None] == group
+        total = (s * same).sum() / 2
+        inside = (s * same).sum(1)
+        across = np.stack([s[:, group == g].sum(1) for g in group], 1)  # i with the group of j
+        gain = across + across.T - inside[:, None] - inside - 2 * s
+        gain[same] = 0
+        i, j = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[i, j] <= 1e-9:
+            return total
+        group[[i, j]] = group[[j, i]]
 
 
 @pytest.mark.parametrize("n_groups", [16, 8, 4])
-def test_32_heads_as_good_as_many_exhaustive_descents(n_groups):
-    s = random_similarity(32, n_groups)
-    np.fill_diagonal(s, 0)
-    rng = np.random.default_rng(0)
-    best = max(score(s, descend(s, rng.permutation(32).reshape(n_groups, -1).tolist()))
-               for _ in range(10))
-    start = time.perf_counter()
-    found = score(s, m.anneal_groups(s, n_groups))
-    assert time.perf_counter() - start < 5  # it takes 0.2; the margin is for busy machines
-    assert found >= best - 1e-9
+def test_32_heads_as_good_as_200_exhaustive_descents(n_groups):
+    for seed in range(3):
+        s = random_similarity(32, seed)
+        np.fill_diagonal(s, 0)
+        rng = np.random.default_rng(seed)
+        best = max(descend(s, rng.permutation(32) % n_groups) for _ in range(200))
+        start = time.perf_counter()
+        found = score(s, m.anneal_groups(s, n_groups))
+        assert time.perf_counter() - start < 5  # it takes 0.3; the margin is for busy machines
+        assert found >= best - 1e-9
     zero = m.anneal_groups(s, n_groups, temperature=0)  # the paper's rule
     assert sorted(sum(zero, [])) == list(range(32))
 
