@@ -24,6 +24,7 @@ A *unit* is one source KV head with the H/K query heads that read it; a group is
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gzip
 import json
 import lzma
@@ -31,6 +32,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import sys
@@ -101,16 +103,20 @@ class LlamaConfig:
     raw: Mapping = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "max_position_embeddings", "num_key_value_heads",
-                     "head_dim"):
+        for name, kind in (
+            *((name, int) for name in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "max_position_embeddings", "num_key_value_heads",
+                "head_dim")),
+            *((name, float) for name in ("rms_norm_eps", "rope_theta")),
+            *((name, bool) for name in ("attention_bias", "mlp_bias", "tie_word_embeddings")),
+        ):
             value = getattr(self, name)
             if value is None and name == "num_key_value_heads":
                 value = self.num_attention_heads
             if value is None and name == "head_dim":
                 value = self.hidden_size // self.num_attention_heads
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive integer")
+            check_type(name, value, kind)
             object.__setattr__(self, name, value)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -119,6 +125,13 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but RoPE needs an even one")
+        if not all(type(i) is int for i in self.eos_token_ids):
+            raise ValueError(f"eos_token_id is {self.eos_token_id!r}, expected integers or null")
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        ids = self.eos_token_id
+        return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
     @property
     def qkv_bias(self) -> bool:
@@ -139,6 +152,14 @@ class LlamaConfig:
         return {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], **fields}
 
 
+def check_type(name: str, value, kind: type) -> None:
+    """Raise ValueError unless value is true or false, or else a positive integer or number."""
+    number = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
+    if not (isinstance(value, bool) if kind is bool else number):
+        expected = {int: "a positive integer", float: "a positive number", bool: "true or false"}
+        raise ValueError(f"{name} is {value!r}, expected {expected[kind]}")
+
+
 def parse_config(raw: Mapping) -> LlamaConfig:
     """The config of a parsed config.json; raises ValueError that names what is not supported."""
     refuse_unsupported(raw)
@@ -146,12 +167,12 @@ def parse_config(raw: Mapping) -> LlamaConfig:
     # rope_parameters; transformers lets rope_scaling win, and the nested rope_theta.
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
-    missing = [name for name in ROPE_FIELDS.get(kind, ()) if not is_number(rope.get(name))]
-    if kind not in ROPE_FIELDS or missing:
-        why = f"lacks {', '.join(missing)}" if missing else f"is none of {', '.join(ROPE_FIELDS)}"
-        raise ValueError(f"rope type {kind!r} {why}")
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"not supported: rope type {kind!r} (supported: {', '.join(ROPE_FIELDS)})")
+    for name in ROPE_FIELDS[kind]:
+        check_type(f"{name} of rope type {kind!r}", rope.get(name), float)
     known = {f.name for f in dataclasses.fields(LlamaConfig)} - {"raw", "rope_scaling"}
-    fields = {name: raw[name] for name in known & raw.keys()}
+    fields = {name: raw[name] for name in known if raw.get(name) is not None}
     fields["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads")
@@ -160,15 +181,13 @@ def parse_config(raw: Mapping) -> LlamaConfig:
     return LlamaConfig(**fields, rope_scaling=None if kind == "default" else rope, raw=raw)
 
 
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def refuse_unsupported(raw: Mapping) -> None:
     """Raise ValueError for what makes a model another one than LLaMA's block computes."""
     kind = raw.get("model_type")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    layer_types = raw.get("layer_types") or []
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_scaling is {rope!r}, expected an object or null")
+    layer_types = list(raw.get("layer_types") or [])
     # subtle: a mistral config without the key has a window of 4096 in transformers.
     window = kind == "mistral" and raw.get("sliding_window", 4096) is not None
     window |= kind == "qwen2" and bool(raw.get("use_sliding_window"))
@@ -182,7 +201,8 @@ def refuse_unsupported(raw: Mapping) -> None:
         "multi-head latent attention (MLA)": bool(raw.get("kv_lora_rank")),
         "partial rotary embedding": partial != 1,
         "one RoPE for each layer type": any(isinstance(v, Mapping) for v in rope.values()),
-        "sliding window": window or any(t != "full_attention" for t in layer_types),
+        "sliding window (a mistral model without one has sliding_window null)":
+            window or layer_types != ["full_attention"] * len(layer_types),
     }
     for what, is_there in found.items():
         if is_there:
@@ -200,11 +220,11 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such directory")
+        raise ValueError(f"{folder}: no such directory (MODEL is one on this machine)")
     raw = read_json(folder / "config.json")
     try:
         config = parse_config(raw)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     weights = {}
     for file in weight_files(folder):
@@ -231,23 +251,29 @@ def read_json(file: Path) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's weight files: safetensors if there are any, else pytorch_model*.bin."""
-    for index, pattern in (
-        ("model.safetensors.index.json", "*.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+    for name, pattern in (
+        ("model.safetensors", "*.safetensors"),
+        ("pytorch_model.bin", "pytorch_model*.bin"),
     ):
-        if (folder / index).is_file():
-            weight_map = read_json(folder / index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{folder / index}: expected a weight_map of names to files")
-            names = sorted({str(name) for name in weight_map.values()})
-            for name in names:
-                # By name, not by resolved path: a hub cache is full of honest symbolic links.
-                if Path(name).name != name:
-                    raise ValueError(f"{folder / index}: {name!r} is outside the directory")
-            return [folder / name for name in names]
+        if (folder / f"{name}.index.json").is_file():
+            return indexed_files(folder / f"{name}.index.json")
+        if (folder / name).is_file():
+            return [folder / name]
         if files := sorted(folder.glob(pattern)):
             return files
     raise ValueError(f"{folder}: no *.safetensors and no pytorch_model*.bin")
+
+
+def indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: expected a weight_map of names to files")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        # By name, not by resolved path: a hub cache is full of honest symbolic links.
+        if Path(name).name != name:
+            raise ValueError(f"{index}: {name!r} is outside the directory")
+    return [index.with_name(name) for name in names]
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -255,8 +281,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not file.is_file():
-        raise ValueError(f"{file}: missing, though the index names it; download it again")
+    if not os.access(file, os.R_OK):
+        raise ValueError(f"{file}: missing or not readable; download it again")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -264,8 +290,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError,
             pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{file}: truncated or corrupt ({reason}); download it again") from None
+        reason = re.split(r"[.\n]", str(error).strip())[0]
+        raise ValueError(f"{file}: truncated, corrupt or not a plain file of tensors ({reason}); "
+                         "download it again, as safetensors if there are") from None
 
 
 def tidy_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -385,11 +412,13 @@ def write_json(file: Path, value) -> None:
 
 
 def check_new_directory(path: Path, size: int) -> None:
-    """Raise ValueError unless a directory of `size` bytes can be made at `path`."""
+    """Raise ValueError unless a directory of `size` bytes can be made at `path` (resolved)."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: exists and is not an empty directory; choose another one")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent}: no such directory to write {path.name} into")
+    if path.is_mount() or path == Path.cwd():
+        raise ValueError(f"{path}: cannot be replaced; choose a new directory inside of it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent}: no such directory, or no permission to write into it")
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise ValueError(f"{path.parent}: {size:,} bytes are needed, {free:,} are free on the disk")
@@ -401,12 +430,14 @@ def new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
 
     Raises ValueError as `check_new_directory` says.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(path).resolve()
     check_new_directory(path, size)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.mkdir()
     try:
         yield temporary
+        if path.exists():
+            shutil.copymode(path, temporary)
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -419,7 +450,8 @@ def new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
 class Llama(nn.Module):
     """LLaMA with the parameter names of its Hugging Face checkpoints, MHA or GQA.
 
-    `Llama(config).load_state_dict(weights)` takes what `load_checkpoint` gave.
+    `Llama(config).load_state_dict(weights)` takes what `load_checkpoint` gave; `model(tokens_BT)`
+    gives logits_BTV for token ids of int64. There is nothing to switch with `.eval()`.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -564,19 +596,20 @@ def read_documents(path: PathLike) -> list[str]:
     .gz and .xz are unpacked. Raises ValueError with file and line for what cannot be read.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    if not path.exists() or path.is_dir():
+        raise ValueError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
     kind = Path(path.stem).suffix if unpack else path.suffix
     try:
-        with (unpack or open)(path, "rt", encoding="utf-8") as file:
+        with (unpack or open)(path, "rt", encoding="utf-8-sig") as file:
             if kind in (".jsonl", ".json"):
                 lines = enumerate(file, 1)
                 documents = [record_text(path, n, line) for n, line in lines if line.strip()]
             else:
                 documents = [file.read()]
     except (UnicodeError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        formats = ".jsonl or plain text in UTF-8, .gz or .xz of either"
+        raise ValueError(f"{path}: cannot be read ({error}); expected {formats}") from None
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise ValueError(f"{path}: holds no text")
@@ -587,7 +620,7 @@ def record_text(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        raise ValueError(f"{path}, line {number}: not JSON ({error.args[0]})") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError(f'{path}, line {number}: expected an object with a "text" string')
     return record["text"]
@@ -646,8 +679,7 @@ def pack_rows(
     At most `n_tokens` tokens; what does not fill a row is left. Raises ValueError for a token that
     the model does not have.
     """
-    eos = config.eos_token_id
-    end = [] if eos is None else [eos if isinstance(eos, int) else eos[0]]
+    end = config.eos_token_ids[:1]
     documents = random.Random(seed).sample(documents, len(documents))
     ids, read = [np.zeros(0, np.int64)], 0
     while documents and read < n_tokens:
@@ -681,8 +713,9 @@ def text_rows(
     """(calibration rows, held-out rows), both (rows, seq_len), of `tokens` tokens of the text.
 
     Held out are the rows of `eval_text` or else the last 10 % of those read, and never more than
-    65,536 tokens. `seq_len` is min(2048, max_position_embeddings) unless given. Warns if the text
-    is shorter than `tokens`; raises ValueError for bad files or too little text.
+    65,536 tokens. `seq_len` is min(2048, max_position_embeddings) unless given. With `eval_text`
+    alone there are no calibration rows. Warns if the text is shorter than `tokens`; raises
+    ValueError for bad files or too little text.
     """
     limit = config.max_position_embeddings
     seq_len = min(2048, limit) if seq_len is None else seq_len
@@ -692,24 +725,25 @@ def text_rows(
         raise ValueError(f"{tokens} tokens: expected at least two rows of {seq_len}")
     encode = load_tokenizer(model_dir)
 
-    def rows(files, n_tokens):
+    def rows(files, n_tokens, n_least):
         files = [files] if isinstance(files, PathLike) else files
         documents = [document for file in files for document in read_documents(file)]
-        return pack_rows(documents, encode, config, n_tokens, seq_len, seed)
+        found = pack_rows(documents, encode, config, n_tokens, seq_len, seed)
+        if len(found) < n_least:
+            raise ValueError(f"too little text in {', '.join(map(str, files)) or 'no files'}: "
+                             f"{n_least} rows of {seq_len} tokens are needed")
+        return found
 
-    held_out = rows(eval_text, 65_536 // seq_len * seq_len or seq_len) if eval_text else None
-    calibration = rows(text, tokens)
-    if text and len(calibration) < tokens // seq_len:
+    held_out = rows(eval_text, max(seq_len, 65_536), 1) if eval_text else None
+    if held_out is not None and not text:
+        return held_out[:0], held_out
+    calibration = rows(text, tokens, 1 if eval_text else 2)
+    if len(calibration) < tokens // seq_len:
         found = f"the text has {calibration.numel():,} tokens in whole rows of {seq_len}"
         warnings.warn(f"{found}, not the {tokens:,} asked for: using those", stacklevel=2)
     if held_out is None:
         n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
         calibration, held_out = calibration[:-n], calibration[-n:]
-    if not len(held_out) or (text and not len(calibration)):
-        raise ValueError(
-            f"too little text to fill a row of {seq_len} tokens for calibration and another one "
-            "held out; give more text or a smaller sequence length"
-        )
     return calibration, held_out
 
 
@@ -1018,7 +1052,7 @@ def hard_concrete(log_alpha: Tensor, generator: torch.Generator | None = None) -
     """Masks z in [0, 1] of log_alpha's shape, exactly 0 and 1 with probability above zero.
 
     s = σ((log u − log(1 − u) + log α)/β) with u uniform from the generator, z = clamp(s(ζ − γ) + γ,
-    0, 1); without a generator the deterministic z of s = σ(log α) (Louizos et al. 2017, eq. 10-13).
+    0, 1); no generator means no sampling: s = σ(log α) (Louizos et al. 2017, eq. 10-13).
     """
     s = torch.sigmoid(log_alpha)
     if generator is not None:
@@ -1062,7 +1096,10 @@ def bild_loss(
     The leader's top-k ids i < j by its rank; both models' differences logit_i − logit_j over the
     temperature; softmax over the k(k−1)/2 pairs; KL(teacher ‖ student). Once with the teacher as
     leader, once with the student, added. The ids are constants to the gradient; no factor T².
+    Raises ValueError if `top_k` is less than 2 or more than V.
     """
+    if not 2 <= top_k <= student.shape[-1]:
+        raise ValueError(f"top_k {top_k}: expected 2 to the vocabulary's {student.shape[-1]}")
     i, j = torch.triu_indices(top_k, top_k, offset=1, device=student.device)
     loss = 0
     for leader in (teacher, student):
@@ -1074,6 +1111,12 @@ def bild_loss(
 
 
 # ---- 9 convert -----------------------------------------------------------------------------------
+
+CHOICES = {
+    "align": ("rotation", "none"),
+    "group": ("value", "key", "adjacent"),
+    "metric": ("dist", "cos"),
+}
 
 
 def align_block(
@@ -1148,32 +1191,38 @@ def convert(
     ValueError for bad input, before any work wherever it shows before; OSError if writing fails.
     """
     group = group or ("adjacent" if align == "none" else "value")
-    check_choices(align, group, metric)
+    check_method(align, group, metric, seed)
     to = {"device": pick_device(device), "dtype": dtype}
     config, weights = load_checkpoint(model_dir)
     new_config = gqa_config(config, kv_heads)
     out_bytes = converted_bytes(config, weights, kv_heads)
-    check_new_directory(Path(os.path.abspath(out_dir)), out_bytes)
-    rows, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
-    report = {
-        "source": str(model_dir),
-        "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
-        "method": {"align": align, "group": group, "metric": metric, "seed": seed},
-        "tokens": {
-            "calibration": rows.numel(),
-            "held_out": held_out.numel(),
-            "seq_len": rows.shape[1],
-        },
-        "kv_cache_bytes_per_token": {
-            "source": kv_cache_bytes(config, weights),
-            "converted": kv_cache_bytes(new_config, weights),
-        },
-        "memory_estimate_bytes": memory_needed(config, rows.numel(), held_out.numel(), dtype),
-        "disk_bytes": out_bytes,
-    }
-    log(plan_line(report, config, to["device"]))
-    if not dry_run:
-        with peak_memory(to["device"]) as peak, new_directory(out_dir, out_bytes) as folder:
+    check_new_directory(Path(out_dir).resolve(), out_bytes)
+    with peak_memory(to["device"]) as peak:
+        rows, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
+        if not len(rows):
+            raise ValueError("no text to calibrate with")
+        report = {
+            "source": str(Path(model_dir).resolve()),
+            "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
+            "method": {"align": align, "group": group, "metric": metric, "seed": seed},
+            "text": {"calibration": str(text), "held_out": str(eval_text or text)},
+            "tokens": {
+                "calibration": rows.numel(),
+                "held_out": held_out.numel(),
+                "seq_len": rows.shape[1],
+            },
+            "forward": {name: str(value) for name, value in to.items()},
+            "kv_cache_bytes_per_token": {
+                "source": kv_cache_bytes(config, weights),
+                "converted": kv_cache_bytes(new_config, weights),
+            },
+            "memory_estimate_bytes": memory_needed(config, rows.numel(), held_out.numel(), dtype),
+            "disk_bytes": out_bytes,
+        }
+        log(plan_line(report, config))
+        if dry_run:
+            return report
+        with new_directory(out_dir, out_bytes) as folder:
             method = report["method"]
             report |= convert_into(folder, config, weights, kv_heads, rows, held_out, method, to)
             report["peak_memory_bytes"] = peak
@@ -1320,14 +1369,12 @@ def evaluate(
     return {"loss_nats_per_token": loss, "held_out_tokens": held_out.numel()}
 
 
-def check_choices(align: str, group: str, metric: str) -> None:
-    for name, value, choices in (
-        ("align", align, ("rotation", "none")),
-        ("group", group, ("value", "key", "adjacent")),
-        ("metric", metric, ("dist", "cos")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} {value!r}: expected {', '.join(choices)}")
+def check_method(align: str, group: str, metric: str, seed: int) -> None:
+    for name, value in (("align", align), ("group", group), ("metric", metric)):
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} {value!r}: expected {', '.join(CHOICES[name])}")
+    if seed < 0:
+        raise ValueError(f"seed {seed}: expected 0 or more")
 
 
 def gqa_config(config: LlamaConfig, kv_heads: int) -> LlamaConfig:
@@ -1366,14 +1413,14 @@ def memory_needed(config: LlamaConfig, n_calibration: int, n_held_out: int, dtyp
     return streams + block + max(grams + forward, grams + 3 * attention * 8) + 300_000_000
 
 
-def plan_line(report: Mapping, config: LlamaConfig, device: torch.device) -> str:
+def plan_line(report: Mapping, config: LlamaConfig) -> str:
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
     return (
         f"{config.num_hidden_layers} blocks, {heads['source']} to {heads['converted']} KV heads "
         f"(align {method['align']}, group {method['group']}, metric {method['metric']}); "
         f"{tokens['calibration']:,} tokens to calibrate, {tokens['held_out']:,} held out, in rows "
-        f"of {tokens['seq_len']:,}; about {report['memory_estimate_bytes'] / 1e9:.1f} GB of memory "
-        f"({device}), {report['disk_bytes'] / 1e9:.2f} GB of disk"
+        f"of {tokens['seq_len']:,}; about {report['memory_estimate_bytes'] / 1e9:.2g} GB of memory "
+        f"({report['forward']['device']}) and {report['disk_bytes'] / 1e9:.2g} GB of disk"
     )
 
 
@@ -1433,13 +1480,11 @@ def mean_similarity(layers: list[dict]) -> dict:
 
 
 def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device {name!r} cannot be used ({reason})") from None
+    cuda = torch.cuda.is_available()
+    name = ("cuda" if cuda else "cpu") if name == "auto" else name
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name != "cpu" and not cuda):
+        found = f"{torch.cuda.device_count()} CUDA devices" if cuda else "no CUDA device"
+        raise ValueError(f"device {name!r}: expected auto, cpu, cuda or cuda:0 ...; found {found}")
     return torch.device(name)
 
 
@@ -1447,7 +1492,7 @@ def progress(steps, total: int):
     """A progress bar over the blocks, silent when not on a terminal."""
     from tqdm import tqdm
 
-    return tqdm(steps, total=total, unit="block", disable=None)
+    return tqdm(steps, total=total, desc="blocks", unit="block", disable=None)
 
 
 # ---- 10 command line -----------------------------------------------------------------------------
@@ -1456,8 +1501,9 @@ def progress(steps, total: int):
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mha2gqa.py",
+        usage="mha2gqa.py MODEL OUT --kv-heads G --text FILE ... [options]\n"
+        "       mha2gqa.py --evaluate MODEL --text FILE ... [options]",
         description="Convert a LLaMA checkpoint to grouped-query attention, without training.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face directory to convert, or to --evaluate")
@@ -1467,27 +1513,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         '"text" field, or plain text; .gz and .xz of either')
     add("--eval-text", nargs="+", default=(), metavar="FILE", help="held-out text, of which at "
         "most 65,536 tokens are used; without it the last 10%% of --text's tokens are held out")
-    add("--tokens", type=int, default=262_144, help="tokens to read of --text")
-    add("--seq-len", type=int, help="tokens a row; 2048, or the model's context if that is less")
-    add("--align", choices=["rotation", "none"], default="rotation",
-        help="turn heads onto each other before they are averaged, or not")
-    add("--group", choices=["value", "key", "adjacent"],
-        help="group heads by this similarity; value, but adjacent with --align none")
-    add("--metric", choices=["dist", "cos"], default="dist", help="similarity of two heads: minus "
-        "the mean square distance, or the mean cosine")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda if there is one")
-    add("--seed", type=int, default=0, help="of the order of the text and of the grouping")
-    add("--dry-run", action="store_true", help="check everything, say what would be done, and end")
+    add("--tokens", type=int, default=262_144, metavar="N",
+        help="tokens to read of --text (default: %(default)s)")
+    add("--seq-len", type=int, metavar="N",
+        help="tokens a row (default: 2048, or the model's context if that is less)")
+    add("--align", choices=CHOICES["align"], default="rotation",
+        help="turn heads onto each other before they are averaged (default), or do not")
+    add("--group", choices=CHOICES["group"],
+        help="group heads by this similarity (default: value, but adjacent with --align none)")
+    add("--metric", choices=CHOICES["metric"], default="dist",
+        help="similarity: minus the mean square distance (default), or the mean cosine")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of the order of the text and of the grouping (default: %(default)s)")
+    add("--dry-run", action="store_true", help="check the input, say what would be done, and end")
     add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     arguments = parser.parse_args(argv)
+    if arguments.evaluate and (arguments.out or arguments.kv_heads or arguments.dry_run):
+        parser.error("--evaluate takes MODEL and text, and writes nothing")
     if not arguments.evaluate and None in (arguments.out, arguments.kv_heads):
         parser.error("a conversion needs MODEL OUT --kv-heads G --text FILE")
     if not arguments.text and not (arguments.evaluate and arguments.eval_text):
-        parser.error("no --text")
+        parser.error("no --text FILE")
     return arguments
 
 
-def print_table(report: Mapping) -> None:
+def print_table(report: Mapping, out: str) -> None:
     """What a person wants to know of a report."""
     loss, cache = report["loss_nats_per_token"], report["kv_cache_bytes_per_token"]
     print(f"\nheld-out loss, nats/token, {report['tokens']['held_out']:,} tokens")
@@ -1500,7 +1552,7 @@ def print_table(report: Mapping) -> None:
     print(f"KV cache, bytes a token\n  {cache['source']:,} -> {cache['converted']:,}")
     stages = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
     memory = (f"{n} {b / 1e9:.2f} GB" for n, b in report["peak_memory_bytes"].items() if b)
-    print(f"seconds\n  {stages}\npeak memory\n  {', '.join(memory)}")
+    print(f"seconds\n  {stages}\npeak memory\n  {', '.join(memory)}\nwritten to {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1515,9 +1567,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"held-out loss {found['loss_nats_per_token']:.4f} nats/token, "
                   f"{found['held_out_tokens']:,} tokens")
         else:
-            report = convert(model, arguments.pop("out"), **arguments, log=print)
+            out = arguments.pop("out")
+            report = convert(model, out, **arguments, log=functools.partial(print, flush=True))
             if not arguments["dry_run"]:
-                print_table(report)
+                print_table(report, out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -1528,6 +1581,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # A batch system's SIGTERM unwinds like Ctrl-C, so that no half-written directory stays behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Being told to end, or left alone, unwinds like Ctrl-C: nothing half-written stays behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -8,9 +8,11 @@ import json
 import lzma
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -143,9 +145,15 @@ def test_both_rope_spellings_mean_the_same():
         ({"model_type": "mistral", "sliding_window": 4096}, "not supported: sliding window"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "not supported: sliding window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "not supported: sliding window"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is none of"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is none of"),
-        ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' lacks factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "not supported: rope type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "not supported: rope type 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor of rope type 'linear' is None, expected a p"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object or null"),
+        ({"rope_theta": "10000"}, "rope_theta is '10000', expected a positive number"),
+        ({"rope_theta": 0}, "rope_theta is 0, expected a positive number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', expected a positive number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', expected integers or null"),
         ({"hidden_size": "48"}, "hidden_size is '48', expected a positive integer"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
         ({"head_dim": 7}, "head_dim is 7, but RoPE needs an even one"),
@@ -284,9 +292,9 @@ def break_checkpoint(path, what):
 
 
 BROKEN = {
-    "missing shard": r"model-00002-of-00003.safetensors: missing, though the index names it",
-    "truncated shard": r"model-00002-of-00003.safetensors: truncated or corrupt",
-    "corrupt shard": r"model-00002-of-00003.safetensors: truncated or corrupt",
+    "missing shard": r"model-00002-of-00003.safetensors: missing or not readable",
+    "truncated shard": r"model-00002-of-00003.safetensors: truncated, corrupt",
+    "corrupt shard": r"model-00002-of-00003.safetensors: truncated, corrupt",
     "no config": r"config.json: no such file",
     "broken config": r"config.json: not JSON",
     "no weights": r"no \*.safetensors and no pytorch_model\*.bin",
@@ -314,9 +322,9 @@ def test_a_broken_bin_file_is_named(tmp_path):
     config = config_of()
     path = make_directory(tmp_path / "x", config, {"pytorch_model.bin": random_weights(config)})
     whole = (path / "pytorch_model.bin").read_bytes()
-    for content in (whole[:-1000], b"garbage", b""):
+    for content in (whole[:-1000], b"garbage", b"", pickle.dumps(Path("code"))):
         (path / "pytorch_model.bin").write_bytes(content)
-        with pytest.raises(ValueError, match=r"pytorch_model.bin: truncated or corrupt") as error:
+        with pytest.raises(ValueError, match=r"pytorch_model.bin: truncated, corrupt or") as error:
             m.load_checkpoint(path)
         assert "\n" not in str(error.value)
 
@@ -506,8 +514,10 @@ def test_calibration_and_held_out_rows(tmp_path, topics, bpe):
     with pytest.warns(UserWarning, match=r"whole rows of 32, not the 100,000,000 asked for"):
         m.text_rows(bpe.parent, config, [tmp_path / "b.txt"], tokens=10**8, seq_len=32)
     long = dataclasses.replace(config, max_position_embeddings=10**6)
-    with pytest.raises(ValueError, match="too little text"), pytest.warns(UserWarning):
-        m.text_rows(bpe.parent, long, [tmp_path / "b.txt"], tokens=2 * 10**5, seq_len=10**5)
+    with pytest.raises(ValueError, match=r"too little text in .*b.txt: 2 rows of 100000 tokens"):
+        m.text_rows(bpe.parent, long, tmp_path / "b.txt", tokens=2 * 10**5, seq_len=10**5)
+    none, held_out = m.text_rows(bpe.parent, config, (), [tmp_path / "b.txt"], seq_len=32)
+    assert none.shape == (0, 32) and len(held_out) > 10
     for keywords, message in (({"seq_len": 513}, "sequence length 513: expected 2 to 512"),
                               ({"seq_len": 1}, "sequence length 1: expected"),
                               ({"tokens": 1000}, "1000 tokens: expected at least two rows of 512")):
@@ -894,6 +904,9 @@ def test_bild_loss_equals_its_definition():
         wanted.append(total)
     np.testing.assert_allclose(m.bild_loss(student, teacher, top_k=5), wanted)
     torch.testing.assert_close(m.bild_loss(student + 7, teacher), m.bild_loss(student, teacher))
+    for top_k in (1, 41):
+        with pytest.raises(ValueError, match=f"top_k {top_k}: expected 2 to the vocabulary's 40"):
+            m.bild_loss(student, teacher, top_k=top_k)
 
 
 def test_losses_have_the_gradients_of_finite_differences():
@@ -1104,7 +1117,7 @@ def refused(capfd, folder, message, *arguments):
     """Assert one line that says it, exit status 2, and nothing written anywhere in `folder`."""
     before = sorted(folder.rglob("*"))
     status, out, err = command(capfd, *arguments)
-    assert status == 2 and "held-out" not in out
+    assert status == 2 and "nats" not in out
     assert re.fullmatch(rf"error: .*{message}.*\n", err), err
     assert sorted(folder.rglob("*")) == before
 
@@ -1117,7 +1130,7 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     plan, *table = out.splitlines()
     assert re.match(r"2 blocks, 8 to 4 KV heads \(align rotation, group value, metric dist\); "
                     r"18,\d{3} tokens to calibrate, \d,\d{3} held out, in rows of 32; "
-                    r"about \d\.\d GB of memory \(cpu\)", plan)
+                    r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk", plan)
     report = json.loads((tmp_path / "out/mha2gqa.json").read_text())
     converted = report["loss_nats_per_token"]["converted"]
     assert re.search(rf"converted +{converted:.4f} +\+\d\.\d{{4}}", "\n".join(table))
@@ -1178,12 +1191,17 @@ def test_other_bad_input_by_command(trained, tmp_path, capfd):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b}\n')
     check("bad.jsonl, line 2: not JSON", text=tmp_path / "bad.jsonl")
     check("sequence length 65: expected 2 to 64", extra=["--seq-len", 65])
-    check("device 'gpu' cannot be used", extra=["--device", "gpu"])
+    check("device 'gpu': expected auto, cpu, cuda or", extra=["--device", "gpu"])
+    check("seed -1: expected 0 or more", extra=["--seed", -1])
+    (tmp_path / "short.txt").write_text("too short")
+    check("too little text in .*short.txt: 1 rows", extra=["--eval-text", tmp_path / "short.txt"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     check("full: exists and is not an empty directory", out=tmp_path / "full")
     check("empty.txt: exists and is not an empty directory", out=tmp_path / "empty.txt")
-    check("deep: no such directory to write out into", out=tmp_path / "deep/out")
+    check("deep: no such directory, or no permission", out=tmp_path / "deep/out")
+    check("text.jsonl: no such directory", model=text)
+    check("mute: is a directory", text=tmp_path / "mute")
 
 
 def test_too_small_a_disk_is_seen_before(trained, tmp_path, capfd, monkeypatch):
@@ -1218,11 +1236,48 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path):
     assert re.fullmatch(r"error: .*model-00001-of-00003.*File too large.*\n", done.stderr)
 
 
-def test_usage_errors_end_with_status_2(trained, tmp_path):
-    for arguments in ([], [trained / "mha"], [trained / "mha", tmp_path / "out", "--kv-heads", "4"],
-                      ["--evaluate", trained / "mha"]):
-        done = subprocess.run([sys.executable, PROGRAM, *arguments], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("usage: mha2gqa.py")
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required: MODEL"),
+    (["x"], "a conversion needs MODEL OUT --kv-heads G --text FILE"),
+    (["x", "y", "--kv-heads", "4"], "no --text FILE"),
+    (["x", "y", "--kv-heads", "four"], "argument --kv-heads: invalid int value: 'four'"),
+    (["--evaluate", "x"], "no --text FILE"),
+    (["--evaluate", "x", "y", "--text", "z"], "--evaluate takes MODEL and text")])
+def test_usage_errors_are_one_line(capfd, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        m.main(arguments)
+    assert end.value.code == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_conversion_leaves_nothing(trained, tmp_path, number):
+    program = subprocess.Popen(
+        [sys.executable, PROGRAM, trained / "mha", tmp_path / "out", "--kv-heads", "4", "--text",
+         trained / "text.jsonl"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program.stdout.readline()  # what will be done
+    while not list(tmp_path.iterdir()):
+        assert program.poll() is None
+        time.sleep(0.01)
+    program.send_signal(number)
+    assert program.communicate()[1] == "interrupted: nothing was written\n"
+    assert program.returncode == 130 and not list(tmp_path.iterdir())
+
+
+def test_output_may_be_a_link_to_an_empty_directory(tmp_path):
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with m.new_directory(tmp_path / "link") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "disk/file").exists() and (tmp_path / "link/file").exists()
+    assert (tmp_path / "disk").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot be replaced"), m.new_directory("."):
+        pass
 
 
 def test_configs_are_frozen():
