@@ -17,8 +17,9 @@ projection back, turn its keys and its queries alike, and the model computes the
 Two things in one file for the trainer beside it: the masks (7) and the losses (8).
 
 Shape suffixes: B batch, T time, N calibration tokens, L layers, D hidden, H query heads, K source
-KV heads, G target KV heads, M units a group, E head dim, P = E/2 RoPE planes, V vocabulary.
-A *unit* is one source KV head with the H/K query heads that read it; a group is M = K/G units.
+KV heads, G target KV heads, M units a group, Q query heads a unit, E head dim, P = E/2 RoPE planes,
+V vocabulary; in the annealer R restarts, S steps.
+A *unit* is one source KV head with the Q = H/K query heads that read it; a group is M = K/G units.
 """
 
 import argparse
@@ -30,7 +31,6 @@ import json
 import lzma
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -103,21 +103,14 @@ class LlamaConfig:
     raw: Mapping = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
-        for name, kind in (
-            *((name, int) for name in (
-                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads", "max_position_embeddings", "num_key_value_heads",
-                "head_dim")),
-            *((name, float) for name in ("rms_norm_eps", "rope_theta")),
-            *((name, bool) for name in ("attention_bias", "mlp_bias", "tie_word_embeddings")),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "num_key_value_heads":
-                value = self.num_attention_heads
-            if value is None and name == "head_dim":
-                value = self.hidden_size // self.num_attention_heads
-            check_type(name, value, kind)
-            object.__setattr__(self, name, value)
+        for field in dataclasses.fields(self):
+            if field.type in (int, float, bool):
+                check_type(field.name, getattr(self, field.name), field.type)
+        for name, default in (("num_key_value_heads", self.num_attention_heads),
+                              ("head_dim", self.hidden_size // self.num_attention_heads)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            check_type(name, getattr(self, name), int)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide "
@@ -125,8 +118,8 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but RoPE needs an even one")
-        if not all(type(i) is int for i in self.eos_token_ids):
-            raise ValueError(f"eos_token_id is {self.eos_token_id!r}, expected integers or null")
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in self.eos_token_ids):
+            raise ValueError(f"eos_token_id is {self.eos_token_id!r}, expected token ids or null")
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -141,6 +134,10 @@ class LlamaConfig:
     def o_bias(self) -> bool:
         return self.model_type == "llama" and self.attention_bias
 
+    @property
+    def ffn_bias(self) -> bool:
+        return self.model_type == "llama" and self.mlp_bias
+
     def to_json(self) -> dict:
         """The content of config.json: what was read, with only num_key_value_heads changed."""
         if self.raw:
@@ -153,9 +150,12 @@ class LlamaConfig:
 
 
 def check_type(name: str, value, kind: type) -> None:
-    """Raise ValueError unless value is true or false, or else a positive integer or number."""
-    number = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    if not (isinstance(value, bool) if kind is bool else number):
+    """Raise ValueError unless value is a bool, a positive finite number, or an int below 10^9."""
+    if kind is bool:
+        fits = isinstance(value, bool)
+    else:
+        fits = type(value) in (int, kind) and 0 < value < (10**9 if kind is int else math.inf)
+    if not fits:
         expected = {int: "a positive integer", float: "a positive number", bool: "true or false"}
         raise ValueError(f"{name} is {value!r}, expected {expected[kind]}")
 
@@ -167,7 +167,7 @@ def parse_config(raw: Mapping) -> LlamaConfig:
     # rope_parameters; transformers lets rope_scaling win, and the nested rope_theta.
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_FIELDS:
+    if str(kind) not in ROPE_FIELDS:
         raise ValueError(f"not supported: rope type {kind!r} (supported: {', '.join(ROPE_FIELDS)})")
     for name in ROPE_FIELDS[kind]:
         check_type(f"{name} of rope type {kind!r}", rope.get(name), float)
@@ -185,9 +185,10 @@ def refuse_unsupported(raw: Mapping) -> None:
     """Raise ValueError for what makes a model another one than LLaMA's block computes."""
     kind = raw.get("model_type")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_scaling is {rope!r}, expected an object or null")
-    layer_types = list(raw.get("layer_types") or [])
+    layer_types = raw.get("layer_types") or []
+    for value, kind_wanted in ((rope, Mapping), (layer_types, list)):
+        if not isinstance(value, kind_wanted):
+            raise ValueError(f"found {value!r} where config.json has an object or a list")
     # subtle: a mistral config without the key has a window of 4096 in transformers.
     window = kind == "mistral" and raw.get("sliding_window", 4096) is not None
     window |= kind == "qwen2" and bool(raw.get("use_sliding_window"))
@@ -224,7 +225,7 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
     raw = read_json(folder / "config.json")
     try:
         config = parse_config(raw)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     weights = {}
     for file in weight_files(folder):
@@ -242,7 +243,7 @@ def read_json(file: Path) -> dict:
         raise ValueError(f"{file}: no such file")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object")
@@ -251,14 +252,12 @@ def read_json(file: Path) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's weight files: safetensors if there are any, else pytorch_model*.bin."""
-    for name, pattern in (
-        ("model.safetensors", "*.safetensors"),
-        ("pytorch_model.bin", "pytorch_model*.bin"),
-    ):
+    for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / f"{name}.index.json").is_file():
             return indexed_files(folder / f"{name}.index.json")
         if (folder / name).is_file():
             return [folder / name]
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
             return files
     raise ValueError(f"{folder}: no *.safetensors and no pytorch_model*.bin")
@@ -278,7 +277,6 @@ def indexed_files(index: Path) -> list[Path]:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of one weight file, mapped and not read."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not os.access(file, os.R_OK):
@@ -287,10 +285,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         mapped = zipfile.is_zipfile(file)  # older files, which are no archives, are read whole
-        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError,
-            pickle.UnpicklingError) as error:
-        reason = re.split(r"[.\n]", str(error).strip())[0]
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if not all(isinstance(n, str) and w.layout == torch.strided for n, w in tensors.items()):
+            raise TypeError("it holds other things")
+        return dict(tensors)
+    except Exception as error:  # a broken file can make torch.load raise almost anything
+        reason = re.split(r"[.\n]", str(error).strip())[0] or type(error).__name__
         raise ValueError(f"{file}: truncated, corrupt or not a plain file of tensors ({reason}); "
                          "download it again, as safetensors if there are") from None
 
@@ -306,11 +306,17 @@ def tidy_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str
                 "tie_word_embeddings is true, but lm_head.weight differs from "
                 "model.embed_tokens.weight; set it to false, or remove lm_head.weight"
             )
-    return weights
+    # A .bin file can hold two names of one tensor; in a safetensors file each has bytes of its own.
+    owners = {w.data_ptr(): n for n, w in weights.items()}
+    return {n: w if owners[w.data_ptr()] == n else w.clone() for n, w in weights.items()}
 
 
 def check_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the names, shapes and dtypes are those of `Llama(config)`."""
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(f"{len(layers)} layers among the weights, but num_hidden_layers is "
+                         f"{config.num_hidden_layers} in config.json")
     with torch.device("meta"):
         expected = {name: p.shape for name, p in Llama(config).named_parameters()}
     for name in weights.keys() - expected.keys():
@@ -325,13 +331,12 @@ def check_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"{what} {min(names)}{more}; is config.json this checkpoint's?")
     for name, shape in expected.items():
-        weight = weights[name]
-        if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
-            kind = getattr(weight, "dtype", type(weight).__name__)
-            raise ValueError(f"tensor {name} is {kind}, expected one of float16, bfloat16, float32")
-        if weight.shape != shape:
-            found, wanted = list(weight.shape), list(shape)
-            raise ValueError(f"tensor {name} has shape {found}, expected {wanted} from config.json")
+        dtype, found = weights[name].dtype, weights[name].shape
+        if dtype not in FLOATS:
+            raise ValueError(f"tensor {name} is {dtype}, expected float16, bfloat16 or float32")
+        if found != shape:
+            raise ValueError(f"tensor {name} has shape {list(found)}, expected {list(shape)} "
+                             "from config.json")
 
 
 def save_checkpoint(
@@ -432,7 +437,7 @@ def new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     check_new_directory(path, size)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{time.time_ns():x}")
     temporary.mkdir()
     try:
         yield temporary
@@ -473,7 +478,7 @@ class Llama(nn.Module):
         cross from one document into its neighbour. None: each row is one document.
         """
         x_BTD = self.model.embed_tokens(tokens_BT)
-        rope, mask = rope_and_mask(self.config, tokens_BT, document_BT, x_BTD.dtype)
+        rope, mask = rope_and_mask(self.config, x_BTD, document_BT)
         for block in self.model.layers:
             x_BTD = block(x_BTD, rope, mask)
         x_BTD = self.model.norm(x_BTD)
@@ -524,10 +529,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias and config.model_type == "llama")
-        self.up_proj = nn.Linear(hidden, inner, bias=bias and config.model_type == "llama")
-        self.down_proj = nn.Linear(inner, hidden, bias=bias and config.model_type == "llama")
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.ffn_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -544,9 +549,14 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
@@ -565,20 +575,20 @@ def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
     return theta_P
 
 
-def rope_and_mask(config, tokens_BT, document_BT=None, dtype=torch.float32):
+def rope_and_mask(config: LlamaConfig, x_BTD: Tensor, document_BT: Tensor | None = None):
     """((cos, sin) of shape (B or 1, 1, T, P), attention mask (B, 1, T, T) or None if just causal).
 
     subtle: computed here from the config at every call, since a buffer would be lost on the way
     meta device -> to_empty -> load, and angles rounded to bf16 would be wrong.
     """
-    time_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    time_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
     position_BT, mask = time_T[None], None
     if document_BT is not None:
         same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-        position_BT = time_T - same_BTT.int().argmax(-1)  # argmax: the document's first column
+        position_BT = time_T - same_BTT.byte().argmax(-1)  # argmax: the document's first column
         mask = (same_BTT & (time_T[:, None] >= time_T))[:, None]
-    angle = position_BT[:, None, :, None].float() * inverse_frequencies(config, time_T.device)
-    return (angle.cos().to(dtype), angle.sin().to(dtype)), mask
+    angle = position_BT[:, None, :, None].float() * inverse_frequencies(config, x_BTD.device)
+    return (angle.cos().to(x_BTD.dtype), angle.sin().to(x_BTD.dtype)), mask
 
 
 def apply_rope(x_BHTE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -619,11 +629,11 @@ def read_documents(path: PathLike) -> list[str]:
 def record_text(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error.args[0]})") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError(f'{path}, line {number}: expected an object with a "text" string')
-    return record["text"]
+    return record["text"].encode("utf-8", "replace").decode()  # web text has lone surrogates
 
 
 def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
@@ -634,13 +644,13 @@ def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
     """
     folder = Path(path)
     if (folder / "tokenizer.json").is_file():
-        return load_tokenizers(folder / "tokenizer.json")
+        return from_tokenizer_json(folder / "tokenizer.json")
     if (folder / "tokenizer.model").is_file():
-        return load_sentencepiece(folder / "tokenizer.model", folder / "tokenizer_config.json")
+        return from_tokenizer_model(folder / "tokenizer.model", folder / "tokenizer_config.json")
     raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
 
 
-def load_tokenizers(file: Path) -> Callable[[list[str]], list[list[int]]]:
+def from_tokenizer_json(file: Path) -> Callable[[list[str]], list[list[int]]]:
     from tokenizers import Tokenizer
 
     try:
@@ -653,7 +663,7 @@ def load_tokenizers(file: Path) -> Callable[[list[str]], list[list[int]]]:
     return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
-def load_sentencepiece(file: Path, config_file: Path) -> Callable[[list[str]], list[list[int]]]:
+def from_tokenizer_model(file: Path, config_file: Path) -> Callable[[list[str]], list[list[int]]]:
     import sentencepiece
 
     tokenizer = sentencepiece.SentencePieceProcessor()
@@ -662,7 +672,7 @@ def load_sentencepiece(file: Path, config_file: Path) -> Callable[[list[str]], l
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{file}: cannot be read ({error})") from None
     settings = read_json(config_file) if config_file.is_file() else {}
-    add_bos = settings.get("add_bos_token") is not False
+    add_bos = settings.get("add_bos_token") is not False and tokenizer.bos_id() >= 0
     return lambda texts: tokenizer.encode(texts, add_bos=add_bos)
 
 
@@ -773,9 +783,8 @@ def watched(block: "Block", config: LlamaConfig, metric: str) -> Iterator[dict[s
     grams = {"key": 0, "value": 0}
 
     def add(name, gram, sum_dtype):
-        def hook(_module, _inputs, y_BTF):
-            y_NKE = y_BTF.flatten(0, 1).unflatten(-1, (-1, config.head_dim))
-            y_NKE = y_NKE.to(torch.promote_types(y_NKE.dtype, torch.float32))
+        def hook(_module, _inputs, y):
+            y_NKE = wide(y).flatten(0, 1).unflatten(-1, (-1, config.head_dim))
             y_NKE = F.normalize(y_NKE, dim=-1) if metric == "cos" else y_NKE
             grams[name] = grams[name] + gram(y_NKE).to(sum_dtype)
 
@@ -842,9 +851,7 @@ def inner_products(gram: Tensor, maps: Tensor) -> Tensor:
     return (left * maps.mT[..., None, :, :, :]).sum((-1, -2)).real
 
 
-def generalized_procrustes(
-    gram: Tensor, rope: bool = False, tolerance: float = 1e-10, max_rounds: int = 500
-) -> tuple[Tensor, Tensor]:
+def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Tensor]:
     """Turn the M heads of a group so that they agree best (algorithm 1, in Gram space).
 
     gram: (…, M, M, E, E) real, blocks C_ij = X_iᵀ X_j; with rope=True (…, P, M, M) complex,
@@ -856,7 +863,8 @@ def generalized_procrustes(
 
     One round turns each head in turn onto the sum of the others, as they now stand: an exact
     maximum in that head's map. Algorithm 1 turns all heads onto one mean that contains them; it
-    climbs as surely, but takes several times as many rounds.
+    climbs as surely, but takes several times as many rounds. They end when no problem's objective
+    rises by a 1e-10th, or after 500.
     """
     if gram.ndim < (3 if rope else 4) or gram.shape[-1] != gram.shape[-2]:
         raise ValueError(f"expected a Gram (…, M, M, E, E) or (…, P, M, M), found {[*gram.shape]}")
@@ -865,12 +873,12 @@ def generalized_procrustes(
     maps = polar(gram[..., :, 0, :, :])  # pairwise onto the first (eq. 6)
     maps[..., 0, :, :] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     history = [inner_products(gram, maps).triu(1).sum((-1, -2))]
-    for _ in range(max_rounds):
+    for _ in range(500):
         turned, rise = maps, torch.zeros_like(history[-1])
         for i in range(gram.shape[-4]):
             turned, gain = turn_head(gram, turned, i)
             rise += gain
-        if not (rise > tolerance * history[-1].abs()).any():
+        if not (rise > 1e-10 * history[-1].abs()).any():
             break
         # subtle: rounding can make a problem that has long converged fall; it keeps its maps.
         maps = torch.where((rise > 0)[..., None, None, None], turned, maps)
@@ -917,32 +925,28 @@ def similarity(inner_KK: Tensor, n_tokens: int, metric: str) -> Tensor:
 
 
 def anneal_groups(
-    s_KK: Tensor | np.ndarray,
-    n_groups: int,
-    seed: int = 0,
-    restarts: int = 512,
-    steps: int = 4000,
-    temperature: float = 2.0,
+    s_KK: Tensor | np.ndarray, n_groups: int, seed: int = 0, temperature: float = 2.0
 ) -> list[list[int]]:
     """Split K heads into equal groups with the greatest sum of s over pairs inside (eq. 23, 24).
 
-    Simulated annealing by swaps of two heads (algorithm 2), all restarts side by side, then the
-    best swap of all until none helps. `temperature` is the first one, in standard deviations of s;
-    it falls to a hundredth. 0 is the paper's rule: improvements only.
+    Simulated annealing by swaps of two heads (algorithm 2), 512 restarts side by side, 4,000 steps;
+    then the best swap of all until none helps. `temperature` is the first one, in standard
+    deviations of s; it falls to a hundredth. 0 is the paper's rule: improvements only.
     Returns `n_groups` sorted lists, ordered by their first heads. Raises ValueError if `n_groups`
     does not divide K or s is not a square matrix of finite numbers.
     """
     s_KK = torch.as_tensor(s_KK, dtype=torch.float64, device="cpu").numpy().copy()
     k = len(s_KK)
     if s_KK.shape != (k, k) or not np.isfinite(s_KK).all():
-        raise ValueError(f"expected a finite square matrix, found shape {s_KK.shape}")
+        found = "values that are not finite" if s_KK.shape == (k, k) else f"shape {s_KK.shape}"
+        raise ValueError(f"expected a square matrix of finite similarities, found {found}")
     if n_groups < 1 or k % n_groups:
         raise ValueError(f"{k} heads cannot be split into {n_groups} equal groups")
     s_KK = (s_KK + s_KK.T) / 2
     np.fill_diagonal(s_KK, 0)
     rng = np.random.default_rng(seed)
-    group_RK = rng.permuted(np.tile(np.arange(k) * n_groups // k, (restarts, 1)), axis=1)
-    group_RK = swap_at_random(s_KK, group_RK, steps, temperature * s_KK.std(), rng)
+    group_RK = rng.permuted(np.tile(np.arange(k) * n_groups // k, (512, 1)), axis=1)
+    group_RK = swap_at_random(s_KK, group_RK, 4000, temperature * s_KK.std(), rng)
     group_RK = swap_the_best(s_KK, group_RK)
     score_R = ((group_RK[:, :, None] == group_RK[:, None, :]) * s_KK).sum((1, 2))
     best_K = group_RK[score_R.argmax()]
@@ -1011,19 +1015,20 @@ def transform(
     k, e, order = config.num_key_value_heads, config.head_dim, torch.as_tensor(order_K)
     out = dict(weights)
     for name, weight in weights.items():
-        kind = name.removeprefix("self_attn.")[0]
-        if not name.startswith("self_attn.") or name == "self_attn.o_proj.bias":
+        module, _, part = name.partition(".")
+        if module != "self_attn" or part == "o_proj.bias":
             continue
         # All as (unit, its heads, E, D): rows of q, k, v or columns of o; D = 1 for a bias.
-        w_out = weight.double().mT if kind == "o" else weight.double()
-        w_KRED = w_out.reshape(k, -1, e, w_out.shape[1] if w_out.ndim > 1 else 1)[order]
-        if kind in "vo" and value_maps_KEE is not None:
-            w_KRED = value_maps_KEE.mT[:, None] @ w_KRED
-        if kind in "qk" and key_maps_KP is not None:
-            z_KRPD = torch.complex(*w_KRED.chunk(2, dim=2)) * key_maps_KP[:, None, :, None]
-            w_KRED = torch.cat([z_KRPD.real, z_KRPD.imag], dim=2)
-        w_out = w_KRED.reshape(w_out.shape)
-        out[name] = w_out.mT.contiguous() if kind == "o" else w_out
+        by_columns = part == "o_proj.weight"
+        rows = weight.double().mT if by_columns else weight.double()
+        w_KQED = rows.reshape(k, -1, e, rows.shape[1] if rows.ndim > 1 else 1)[order]
+        if part[0] in "vo" and value_maps_KEE is not None:
+            w_KQED = value_maps_KEE.mT[:, None] @ w_KQED
+        if part[0] in "qk" and key_maps_KP is not None:
+            z_KQPD = torch.complex(*w_KQED.chunk(2, dim=2)) * key_maps_KP[:, None, :, None]
+            w_KQED = torch.cat([z_KQPD.real, z_KQPD.imag], dim=2)
+        rows = w_KQED.reshape(rows.shape)
+        out[name] = rows.mT.contiguous() if by_columns else rows
     return out
 
 
@@ -1080,12 +1085,8 @@ def kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tenso
 
     Both are divided by the temperature; no factor T². In float32 at least.
     """
-    log_s, log_t = (log_softmax(logits / temperature) for logits in (student, teacher))
+    log_s, log_t = (F.log_softmax(wide(x) / temperature, dim=-1) for x in (student, teacher))
     return (log_t.exp() * (log_t - log_s)).sum(-1)
-
-
-def log_softmax(x: Tensor) -> Tensor:
-    return F.log_softmax(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def bild_loss(
@@ -1104,7 +1105,7 @@ def bild_loss(
     loss = 0
     for leader in (teacher, student):
         ids = leader.detach().topk(top_k, dim=-1).indices
-        student_k, teacher_k = student.gather(-1, ids), teacher.gather(-1, ids)
+        student_k, teacher_k = (wide(logits.gather(-1, ids)) for logits in (student, teacher))
         student_pairs = student_k[..., i] - student_k[..., j]
         loss = loss + kl_loss(student_pairs, teacher_k[..., i] - teacher_k[..., j], temperature)
     return loss
@@ -1203,36 +1204,29 @@ def convert(
             raise ValueError("no text to calibrate with")
         report = {
             "source": str(Path(model_dir).resolve()),
-            "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
-            "method": {"align": align, "group": group, "metric": metric, "seed": seed},
             "text": {"calibration": str(text), "held_out": str(eval_text or text)},
-            "tokens": {
-                "calibration": rows.numel(),
-                "held_out": held_out.numel(),
-                "seq_len": rows.shape[1],
-            },
+            "method": {"align": align, "group": group, "metric": metric, "seed": seed},
             "forward": {name: str(value) for name, value in to.items()},
-            "kv_cache_bytes_per_token": {
-                "source": kv_cache_bytes(config, weights),
-                "converted": kv_cache_bytes(new_config, weights),
-            },
-            "memory_estimate_bytes": memory_needed(config, rows.numel(), held_out.numel(), dtype),
-            "disk_bytes": out_bytes,
+            **sizes(config, new_config, weights, rows, held_out, dtype),
         }
-        log(plan_line(report, config))
+        log(plan_line(report))
         if dry_run:
             return report
         with new_directory(out_dir, out_bytes) as folder:
             method = report["method"]
             report |= convert_into(folder, config, weights, kv_heads, rows, held_out, method, to)
-            report["peak_memory_bytes"] = peak
             finish_checkpoint(folder, new_config, model_dir)
+            report["peak_memory_bytes"] = dict(peak)
             write_json(folder / "mha2gqa.json", report)
     return report
 
 
 def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) -> dict:
-    """The work of `convert`: write the shards into `folder`, return what was measured."""
+    """The work of `convert`: write the shards into `folder`, return what was measured.
+
+    rows, held_out: token ids (rows, T). method: the keywords of `align_block`. to: device and dtype
+    of the forward. Raises ValueError for weights or activations that are not finite.
+    """
     check_finite(outer_weights(weights))
     seconds, timed = stopwatch(to["device"])
     calibration, source_x = (embed(weights, tokens, to) for tokens in (rows, held_out))
@@ -1245,6 +1239,7 @@ def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) 
                 {name: w.to(source[name].dtype) for name, w in merge(b, config, kv_heads).items()}
                 for b in (source, aligned)
             )
+            check_finite(converted, f"converted {block_prefix(i)}")
         with timed("evaluate"):
             run_block_(config, source, source_x)
             run_block_(new_config, mean_pooled, mean_pooled_x)
@@ -1288,6 +1283,9 @@ def aligned_blocks(
         with timed("align"):
             # On the CPU: that is where hundreds of small SVDs are fast.
             grams = {name: gram.cpu() for name, gram in grams.items()}
+            for name, gram in grams.items():
+                if not torch.isfinite(gram.abs().sum()):
+                    raise ValueError(f"block {i}: its {name}s on this text are not finite")
             n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
             groups, maps, similarities = align_block(
                 grams, n_tokens, kv_heads, align, group, metric, seed + i
@@ -1323,7 +1321,7 @@ def run_block_(config, weights, x_BTD: Tensor, metric: str | None = None) -> Map
     with torch.device("meta"):
         block = Block(config)
     weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}
-    rope, _ = rope_and_mask(config, x_BTD[:1, :, 0], dtype=x_BTD.dtype)
+    rope, _ = rope_and_mask(config, x_BTD)
     with watched(block, config, metric) if metric else contextlib.nullcontext() as grams:
         for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
             rows.copy_(torch.func.functional_call(block, weights, (rows, rope), strict=True))
@@ -1338,7 +1336,7 @@ def mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
     for x_TD, tokens_T in zip(x_BTD, tokens_BT.to(x_BTD.device), strict=True):
         for x_D, target in zip(x_TD[:-1].split(1024), tokens_T[1:].split(1024), strict=True):
             logits = F.linear(rms_norm(x_D, norm, config.rms_norm_eps), head)
-            total += F.cross_entropy(logits.float(), target, reduction="sum").item()
+            total += F.cross_entropy(wide(logits), target, reduction="sum").item()
     return total / (tokens_BT.shape[0] * (tokens_BT.shape[1] - 1))
 
 
@@ -1403,20 +1401,37 @@ def converted_bytes(config: LlamaConfig, weights: Mapping[str, Tensor], kv_heads
 
 def memory_needed(config: LlamaConfig, n_calibration: int, n_held_out: int, dtype) -> int:
     """Bytes of anonymous memory at a conversion's peak, estimated from its largest parts."""
-    d, inner, qo = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    kv, size = config.num_key_value_heads * config.head_dim, dtype.itemsize
-    attention = 2 * d * (qo * config.head_dim + kv)
+    d, inner, size = config.hidden_size, config.intermediate_size, dtype.itemsize
+    kv, q = (n * config.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
+    attention = 2 * d * (q + kv)
     streams = (n_calibration + 3 * n_held_out) * d * size
-    block = 2 * (attention + 3 * d * inner) * size  # as stored, and in the forward's dtype
-    grams = 4 * kv * kv * 8
-    forward = 4096 * (6 * d + 4 * inner) * size
-    return streams + block + max(grams + forward, grams + 3 * attention * 8) + 300_000_000
+    block = 2 * (attention + 3 * d * inner) * size  # as read, and in the forward's dtype
+    grams = 4 * kv * kv * 8  # the sum, a summand, the old sum, what is picked for the groups
+    forward = min(4096, n_calibration) * (6 * d + 4 * inner) * size  # of so many tokens at once
+    in_float64 = 3 * attention * 8  # while heads are turned and merged
+    head = config.vocab_size * (d * size + 3 * 1024 * 4)  # and logits of 1,024 tokens
+    program = 300_000_000  # Python and torch themselves
+    return program + streams + max(block + grams + max(forward, in_float64), head)
 
 
-def plan_line(report: Mapping, config: LlamaConfig) -> str:
+def sizes(config, new_config, weights, rows, held_out, dtype) -> dict:
+    """The report's numbers that are known before any work: counts, and bytes."""
+    models = {"source": config, "converted": new_config}
+    return {
+        "num_hidden_layers": config.num_hidden_layers,
+        "kv_heads": {name: c.num_key_value_heads for name, c in models.items()},
+        "kv_cache_bytes_per_token": {n: kv_cache_bytes(c, weights) for n, c in models.items()},
+        "tokens": {"calibration": rows.numel(), "held_out": held_out.numel(),
+                   "seq_len": rows.shape[1]},
+        "memory_estimate_bytes": memory_needed(config, rows.numel(), held_out.numel(), dtype),
+        "disk_bytes": converted_bytes(config, weights, new_config.num_key_value_heads),
+    }
+
+
+def plan_line(report: Mapping) -> str:
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
     return (
-        f"{config.num_hidden_layers} blocks, {heads['source']} to {heads['converted']} KV heads "
+        f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
         f"(align {method['align']}, group {method['group']}, metric {method['metric']}); "
         f"{tokens['calibration']:,} tokens to calibrate, {tokens['held_out']:,} held out, in rows "
         f"of {tokens['seq_len']:,}; about {report['memory_estimate_bytes'] / 1e9:.2g} GB of memory "
@@ -1432,6 +1447,8 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
     0 where the system does not tell. CUDA is the allocator's peak.
     """
     peak, stop = {"host": anonymous_memory(), "cuda": 0}, threading.Event()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
     def sample():
         while not stop.wait(0.02):
@@ -1453,7 +1470,8 @@ def anonymous_memory() -> int:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return 0
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+    found = status.partition("RssAnon:")[2].split()
+    return int(found[0]) * 1024 if found else 0
 
 
 def stopwatch(device: torch.device) -> tuple[dict, Callable]:
@@ -1480,11 +1498,12 @@ def mean_similarity(layers: list[dict]) -> dict:
 
 
 def pick_device(name: str) -> torch.device:
-    cuda = torch.cuda.is_available()
-    name = ("cuda" if cuda else "cpu") if name == "auto" else name
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name != "cpu" and not cuda):
-        found = f"{torch.cuda.device_count()} CUDA devices" if cuda else "no CUDA device"
-        raise ValueError(f"device {name!r}: expected auto, cpu, cuda or cuda:0 ...; found {found}")
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+    choices = ["cpu", *(["cuda", *cuda] if cuda else [])]
+    if name not in choices:
+        raise ValueError(f"device {name!r}: expected auto, {', '.join(choices)} on this machine")
     return torch.device(name)
 
 
@@ -1558,7 +1577,6 @@ def print_table(report: Mapping, out: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, with one line on stderr."""
     arguments = vars(parse_arguments(argv))
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     model, only_evaluate = arguments.pop("model"), arguments.pop("evaluate")
     try:
         if only_evaluate:
@@ -1571,8 +1589,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = convert(model, out, **arguments, log=functools.partial(print, flush=True))
             if not arguments["dry_run"]:
                 print_table(report, out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        reason = str(error).split("\n")[0]
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
@@ -1581,7 +1600,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Being told to end, or left alone, unwinds like Ctrl-C: nothing half-written stays behind.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    # Being told to end unwinds like Ctrl-C: nothing half-written stays behind. nohup has its way.
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main())
