@@ -1163,7 +1163,7 @@ def test_biased_models_convert(trained, tmp_path):
 
 @pytest.mark.parametrize("metric", ["dist", "cos"])
 def test_similarities_in_the_report_are_those_of_the_caches(trained, tmp_path, metric):
-    """Before: of the source's heads. After: of the same heads turned, read off the aligned block."""
+    """Before: of the source's heads. After: of the same heads as the aligned block turns them."""
     config, weights = m.load_checkpoint(trained / "mha")
     rows, _ = m.text_rows(trained / "mha", config, trained / "text.jsonl", tokens=20_000)
     x = m.embed(weights, rows, {"device": "cpu", "dtype": torch.float64})
