@@ -239,6 +239,7 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
 
 
 def read_json(file: Path) -> dict:
+    """The object in a JSON file; raises ValueError with the file's name if there is none."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     try:
@@ -264,6 +265,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> list[Path]:
+    """The files that an index of shards names; raises ValueError if one lies elsewhere."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: expected a weight_map of names to files")
@@ -361,6 +363,7 @@ def save_checkpoint(
 
 
 def block_prefix(i: int) -> str:
+    """What the names of block i's tensors begin with."""
     return f"model.layers.{i}."
 
 
@@ -376,6 +379,7 @@ def outer_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def n_bytes(tensors) -> int:
+    """Bytes of some tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -413,6 +417,7 @@ def finish_checkpoint(folder: Path, config: LlamaConfig, tokenizer_from=None) ->
 
 
 def write_json(file: Path, value) -> None:
+    """Write a value as an indented JSON file."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -549,6 +554,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x of length 1 a dimension on average, times the weight (Zhang and Sennrich 2019)."""
     y = wide(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
@@ -627,6 +633,7 @@ def read_documents(path: PathLike) -> list[str]:
 
 
 def record_text(path: Path, number: int, line: str) -> str:
+    """The text of one JSONL record; raises ValueError with file and line if it has none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -651,6 +658,7 @@ def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
 
 
 def from_tokenizer_json(file: Path) -> Callable[[list[str]], list[list[int]]]:
+    """`load_tokenizer` of a file of the tokenizers package."""
     from tokenizers import Tokenizer
 
     try:
@@ -664,6 +672,7 @@ def from_tokenizer_json(file: Path) -> Callable[[list[str]], list[list[int]]]:
 
 
 def from_tokenizer_model(file: Path, config_file: Path) -> Callable[[list[str]], list[list[int]]]:
+    """`load_tokenizer` of a file of the sentencepiece package."""
     import sentencepiece
 
     tokenizer = sentencepiece.SentencePieceProcessor()
@@ -840,6 +849,7 @@ def rope_procrustes(a_NE: Tensor, b_NE: Tensor) -> Tensor:
 
 
 def check_pair(a_NE: Tensor, b_NE: Tensor) -> None:
+    """Raise ValueError unless both are matrices (N, E)."""
     if a_NE.ndim != 2 or a_NE.shape != b_NE.shape:
         found = f"{list(a_NE.shape)} and {list(b_NE.shape)}"
         raise ValueError(f"expected two matrices (N, E) of one shape, found {found}")
@@ -1297,12 +1307,14 @@ def aligned_blocks(
 
 
 def read_block(weights: Mapping[str, Tensor], i: int, device) -> dict[str, Tensor]:
+    """Block i's weights on the device; raises ValueError if one is not finite."""
     block = {name: w.to(device) for name, w in block_weights(weights, i).items()}
     check_finite(block, block_prefix(i))
     return block
 
 
 def check_finite(weights: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Raise ValueError for the first tensor with a value that is not finite."""
     for name, weight in weights.items():
         if not all(torch.isfinite(bound) for bound in weight.aminmax()):
             raise ValueError(f"tensor {prefix}{name} holds values that are not finite")
@@ -1368,6 +1380,7 @@ def evaluate(
 
 
 def check_method(align: str, group: str, metric: str, seed: int) -> None:
+    """Raise ValueError for a way of converting that does not exist."""
     for name, value in (("align", align), ("group", group), ("metric", metric)):
         if value not in CHOICES[name]:
             raise ValueError(f"{name} {value!r}: expected {', '.join(CHOICES[name])}")
@@ -1395,6 +1408,7 @@ def kv_cache_bytes(config: LlamaConfig, weights: Mapping[str, Tensor]) -> int:
 
 
 def converted_bytes(config: LlamaConfig, weights: Mapping[str, Tensor], kv_heads: int) -> int:
+    """Bytes of the weights once they have `kv_heads` KV heads."""
     kv = n_bytes(w for n, w in weights.items() if ".k_proj." in n or ".v_proj." in n)
     return n_bytes(weights.values()) - kv + kv * kv_heads // config.num_key_value_heads
 
@@ -1429,6 +1443,7 @@ def sizes(config, new_config, weights, rows, held_out, dtype) -> dict:
 
 
 def plan_line(report: Mapping) -> str:
+    """One line: what a conversion will do, and the memory and disk it takes."""
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
@@ -1466,6 +1481,7 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
 
 
 def anonymous_memory() -> int:
+    """Bytes of this process's memory that no file backs; 0 if the system does not tell."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -1490,6 +1506,7 @@ def stopwatch(device: torch.device) -> tuple[dict, Callable]:
 
 
 def mean_similarity(layers: list[dict]) -> dict:
+    """Similarity inside groups, before and after, averaged over the layers."""
     found = [layer["similarity_inside_groups"] for layer in layers]
     return {
         name: {when: sum(s[name][when] for s in found) / len(found) for when in found[0][name]}
@@ -1498,6 +1515,7 @@ def mean_similarity(layers: list[dict]) -> dict:
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of that name; raises ValueError if this machine has none."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
         name = "cuda" if cuda else "cpu"
@@ -1518,6 +1536,7 @@ def progress(steps, total: int):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's arguments; wrong ones end the program with one line."""
     parser = argparse.ArgumentParser(
         prog="mha2gqa.py",
         usage="mha2gqa.py MODEL OUT --kv-heads G --text FILE ... [options]\n"
