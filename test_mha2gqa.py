@@ -1360,12 +1360,18 @@ def test_usage_errors_are_one_line(capfd, arguments, message):
     assert err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
+def heed_signals():
+    """Undo what nohup and background jobs of a shell hand down: ignored signals."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_conversion_leaves_nothing(trained, tmp_path, number):
     program = subprocess.Popen(
         [sys.executable, PROGRAM, trained / "mha", tmp_path / "out", "--kv-heads", "4", "--text",
          trained / "text.jsonl", "--tokens", "200000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals)
     program.stdout.readline()  # what will be done
     while not list(tmp_path.iterdir()):
         assert program.poll() is None
