@@ -489,8 +489,12 @@ class Llama(nn.Module):
         x_BTD = self.model.norm(x_BTD)
         if not logits:
             return x_BTD
-        tied = self.config.tie_word_embeddings
-        return F.linear(x_BTD, (self.model.embed_tokens if tied else self.lm_head).weight)
+        return F.linear(x_BTD, self.head.weight)
+
+    @property
+    def head(self) -> nn.Module:
+        """The module whose weight (V, D) makes logits of hidden states."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
 
 class Block(nn.Module):

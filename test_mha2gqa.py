@@ -1,5 +1,5 @@
-"""Tests of mha2gqa.py, in its order. Seeded, on CPU, minutes; references are transformers, scipy,
-plain loops and brute force."""
+"""Tests of mha2gqa.py, in its order, then of train_gqa.py. Seeded, on CPU, minutes; references are
+transformers, scipy, plain loops and brute force."""
 
 import dataclasses
 import gzip
@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mha2gqa as m
+import train_gqa
 
 PROGRAM = Path(m.__file__)
 BASE = {
@@ -1394,3 +1395,158 @@ def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="cannot be replaced"), m.new_directory("."):
         pass
+
+
+# ---- the trainer ---------------------------------------------------------------------------------
+
+TRAINER = PROGRAM.with_name("train_gqa.py")
+
+
+def train_run(trained, out, *more, processes=1, check=True):
+    """A run of 12 steps as a program of its own; with several processes, through torchrun."""
+    arguments = [TRAINER, "--model", trained / "mha", "--kv-heads", "2", "--out", out, "--text",
+                 trained / "text.jsonl", "--steps", "12", "--batch-tokens", "512", "--save-every",
+                 "4", "--lr", "1e-3", *more]
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return subprocess.run([str(a) for a in launch + arguments], capture_output=True, text=True,
+                          check=check)
+
+
+def read_metrics(out):
+    return {r["step"]: r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="session")
+def run_of_12(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "one"
+    return out, train_run(trained, out)
+
+
+def test_a_training_run_ends_in_a_better_model_that_transformers_loads(run_of_12):
+    out, done = run_of_12
+    scores = json.loads((out / "report.json").read_text())["scores"]
+    assert scores["source"]["loss"] < scores["pruned"]["loss"] < scores["aligned"]["loss"]
+    assert scores["aligned"]["loss"] < scores["mean-pool"]["loss"]
+    assert f"pruned      {scores['pruned']['loss']:12.4f}" in done.stdout
+    config, weights = m.load_checkpoint(out / "gqa")
+    assert config.num_key_value_heads == 2
+    tokens = random_tokens(config, time=64)
+    with torch.no_grad():
+        wanted = transformers_model(out / "gqa")(tokens).logits
+    found = logits_of(config, weights, tokens)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_4", "step_8"]
+
+
+def test_losses_and_masks_of_a_run(run_of_12):
+    """The student starts as the source; masks follow their target, and are 0 from 80 % on."""
+    metrics = read_metrics(run_of_12[0])
+    assert sorted(metrics) == list(range(12))
+    assert abs(metrics[0]["loss"]) < 1e-5 and metrics[3]["loss"] > 1e-3
+    for step, record in metrics.items():
+        if 0 < step < 0.8 * 12:
+            assert abs(record["mask_mean"] - record["mask_target"]) <= 0.01
+    assert all(metrics[s]["mask_mean"] == 0 for s in (10, 11))
+    assert metrics[11]["loss"] < 2 * metrics[9]["loss"]
+
+
+def test_two_processes_make_the_same_run(trained, run_of_12, tmp_path):
+    train_run(trained, tmp_path / "two", processes=2)
+    one, two = read_metrics(run_of_12[0]), read_metrics(tmp_path / "two")
+    for step in one:
+        assert two[step]["loss"] == pytest.approx(one[step]["loss"], abs=1e-4)
+    (_, a), (_, b) = (m.load_checkpoint(p / "gqa") for p in (run_of_12[0], tmp_path / "two"))
+    assert max((a[n] - b[n]).abs().max() for n in a) < 1e-3
+
+
+def test_a_killed_run_continues_bit_for_bit(trained, run_of_12, tmp_path):
+    out = tmp_path / "killed"
+    shutil.copytree(run_of_12[0] / "checkpoints/step_8", out / "checkpoints/step_8")
+    (out / "checkpoints/partial_11").mkdir()  # what a kill in the middle of writing leaves
+    train_run(trained, out)
+    assert sorted(read_metrics(out)) == [8, 9, 10, 11]
+    (_, a), (_, b) = (m.load_checkpoint(p / "gqa") for p in (run_of_12[0], out))
+    assert same_weights(a, b)
+
+
+def test_finished_runs_print_their_table_again(trained, run_of_12, tmp_path):
+    out, done = run_of_12
+    again = train_run(trained, out)
+    assert again.stdout.strip() == done.stdout[done.stdout.index("  loss") :].strip() or (
+        again.stdout.split() == done.stdout.split()[-len(again.stdout.split()) :])
+    (tmp_path / "file").touch()
+    foreign = train_run(trained, tmp_path, check=False)
+    assert foreign.returncode == 2
+    assert re.fullmatch(r"error: .*exists and is not a run of this program.*\n", foreign.stderr)
+
+
+TASK_RECORDS = {
+    "boolq": [{"question": "is it", "passage": "P.", "answer": True},
+              {"question": "is it", "passage": "P.", "label": 1}],
+    "openbookqa": [
+        {"question": {"stem": "S", "choices": [{"text": "x", "label": "A"},
+                                               {"text": "y", "label": "B"}]}, "answerKey": "B"},
+        {"question_stem": "S", "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+         "answerKey": "B"}],
+    "hellaswag": [{"ctx_a": "C", "ctx_b": "d", "endings": ["x", "y"], "label": "1"},
+                  {"ctx": "C d", "endings": ["x", "y"], "label": 1}],
+}
+
+
+@pytest.mark.parametrize("task, prompt, answer", [
+    ("boolq", "P.\nQuestion: is it?\nChoices: ['true', 'false']\nAnswer:", "true"),
+    ("openbookqa", "Question: S\nChoices: ['x', 'y']\nAnswer:", "y"),
+    ("hellaswag", "Please choose the most appropriate text to complete the passage below:\n"
+     "Passage: C d\nChoices: ['x', 'y']\nAnswer:", "y")])
+def test_tasks_in_both_spellings(tmp_path, task, prompt, answer):
+    name = train_gqa.TASKS[task][1][0]
+    (tmp_path / task).mkdir()
+    lines = [json.dumps(r) for r in TASK_RECORDS[task]]
+    (tmp_path / task / name).write_text("\n".join(lines))
+    assert train_gqa.read_task(tmp_path, task, dev=False) == [(prompt, answer)] * 2
+    (tmp_path / task / name).write_text("\n".join([*lines, "{}"]))
+    with pytest.raises(ValueError, match=f"line 3: not a record of {task}"):
+        train_gqa.read_task(tmp_path, task, dev=False)
+
+
+def test_tasks_with_labels_beside_them(tmp_path):
+    (tmp_path / "piqa").mkdir()
+    record = {"goal": "G", "sol1": "one", "sol2": "two"}
+    (tmp_path / "piqa/valid.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record))
+    (tmp_path / "piqa/valid-labels.lst").write_text("1\n0\n")
+    found = train_gqa.read_task(tmp_path, "piqa", dev=True)
+    assert [answer for _, answer in found] == ["two", "one"]
+    (tmp_path / "piqa/valid-labels.lst").write_text("1\n")
+    with pytest.raises(ValueError, match="1 labels for 2 records"):
+        train_gqa.read_task(tmp_path, "piqa", dev=True)
+
+
+def test_packed_examples_keep_everything_apart():
+    examples = [("p" * n, "q" * (1 + n % 4)) for n in range(3, 40)]
+    coded, cut = train_gqa.encode_examples(examples, letters, [2], seq_len=32)
+    assert cut == sum(1 + n + 1 + 1 + n % 4 + 1 > 32 for n in range(3, 40))
+    rows = train_gqa.pack_examples(coded, 32, seed=0)
+    for n, (ids, prompt) in enumerate(coded):
+        at = rows.document == n
+        assert at.any(1).sum() == 1 and rows.tokens[at].tolist() == ids and ids[-1] == 2
+        kinds = rows.kind[at].tolist()
+        assert kinds == ([train_gqa.KL] * (prompt - 1)
+                         + [train_gqa.ANSWER] * (len(ids) - prompt) + [0])
+    assert (rows.kind[rows.document < 0] == 0).all()
+    assert (rows.document >= 0).float().mean() > 0.8
+
+
+def test_batches_are_permutations_of_the_rows():
+    rows = train_gqa.text_to_rows(torch.arange(10)[:, None].expand(10, 4))
+    seen = torch.cat([train_gqa.batch(rows, step, 4, seed=1).tokens[:, 0] for step in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+@pytest.mark.parametrize("target", [0.0, 0.1, 0.5, 1.0])
+def test_masks_are_shifted_onto_their_target(target):
+    log_alpha = 3 * torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    shifted = log_alpha + train_gqa.shift_to(log_alpha, target)
+    assert abs(m.open_probability(shifted).mean() - target) <= 0.0051
