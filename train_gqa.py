@@ -72,16 +72,19 @@ class Rows:
 
 
 def text_to_rows(tokens_RT: Tensor) -> Rows:
+    """Rows of plain text: every prediction but the row's last is learned in both losses."""
     kind = torch.full_like(tokens_RT, KL | ANSWER)
     kind[:, -1] = 0
     return Rows(tokens_RT, kind)
 
 
 def choice_list(choices: Sequence[str]) -> str:
+    """The choices as a Python list prints them."""
     return f"Choices: {list(choices)!r}"
 
 
 def boolq(r, _label):
+    """(prompt, answer) of a BoolQ record, with `answer` or, in SuperGLUE's spelling, `label`."""
     answer = r["answer"] if "answer" in r else r["label"]
     question = f"Question: {r['question']}?\n{choice_list(['true', 'false'])}"
     said = "true" if str(answer).lower() in ("true", "1") else "false"
@@ -89,18 +92,21 @@ def boolq(r, _label):
 
 
 def piqa(r, label):
+    """(prompt, answer) of a PIQA record and its label, 0 or 1."""
     choices = [r["sol1"], r["sol2"]]
     return (f"Goal: {r['goal']}\nChoose the most sensible solution to achieve the goal. "
             f"{choice_list(choices)}\nAnswer:"), choices[int(label)]
 
 
 def winogrande(r, _label):
+    """(prompt, answer) of a WinoGrande record, whose answer is 1 or 2."""
     choices = [r["option1"], r["option2"]]
     return ('Choose the most sensible text to replace the "_" in the following sentence: '
             f"{r['sentence']}\n{choice_list(choices)}\nAnswer:"), choices[int(r["answer"]) - 1]
 
 
 def siqa(r, label):
+    """(prompt, answer) of a SocialIQA record and its label, 1 to 3."""
     choices = [r["answerA"], r["answerB"], r["answerC"]]
     return (f"{r['context']}\nQuestion: {r['question']}\n{choice_list(choices)}\nAnswer:",
             choices[int(label) - 1])
@@ -119,6 +125,7 @@ def science(r, _label):
 
 
 def hellaswag(r, _label):
+    """(prompt, answer) of a HellaSwag record, with `ctx` or with `ctx_a` and `ctx_b`."""
     ctx = r["ctx"] if "ctx" in r else f"{r['ctx_a']} {r['ctx_b']}"
     return ("Please choose the most appropriate text to complete the passage below:\n"
             f"Passage: {ctx}\n{choice_list(r['endings'])}\nAnswer:"), r["endings"][int(r["label"])]
@@ -202,6 +209,7 @@ def pack_examples(coded, seq_len: int, seed: int) -> Rows:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_rows: int, seed: int, epoch: int) -> Tensor:
+    """The order of the rows in one epoch."""
     return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
 
@@ -234,6 +242,7 @@ def start_processes() -> torch.device:
 
 
 def is_first() -> bool:
+    """Whether this process is rank 0, which reads, writes and speaks for all."""
     return dist.get_rank() == 0
 
 
@@ -281,6 +290,7 @@ def student_of(config: mha2gqa.LlamaConfig, kv_heads: int) -> LossLlama:
 
 
 def plain(config: mha2gqa.LlamaConfig) -> LossLlama:
+    """Llama of that config on the meta device."""
     with torch.device("meta"):
         return LossLlama(config)
 
@@ -328,6 +338,7 @@ def in_chunks(function, hidden_ND: Tensor, head_VD: Tensor, *others: Tensor) -> 
 
 
 def cross_entropy(hidden_ND, head_VD, target_N):
+    """Summed nats of the targets."""
     return F.cross_entropy(mha2gqa.wide(F.linear(hidden_ND, head_VD)), target_N, reduction="sum")
 
 
@@ -493,6 +504,7 @@ def stop_signal() -> Callable[[], bool]:
 
 
 def progress(first: int, steps: int, name: str):
+    """A progress bar over the steps left, on rank 0, silent when not on a terminal."""
     from tqdm import tqdm
 
     return tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="step",
@@ -500,6 +512,7 @@ def progress(first: int, steps: int, name: str):
 
 
 def training_state(model, optimizer) -> dict:
+    """What a checkpoint holds of model and optimizer, each process its shards."""
     return {"model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer)}
 
@@ -518,6 +531,7 @@ def save_step(folder: Path, step: int, model, optimizer, masks) -> None:
 
 
 def checkpoints(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in order."""
     return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
 
 
@@ -635,6 +649,7 @@ def load_data(a: argparse.Namespace, config: mha2gqa.LlamaConfig) -> Data:
 
 
 def join_rows(parts: list[Rows]) -> Rows:
+    """All the rows of several kinds."""
     if len(parts) == 1:
         return parts[0]
     documents = [torch.zeros_like(p.tokens) if p.document is None else p.document for p in parts]
@@ -643,6 +658,7 @@ def join_rows(parts: list[Rows]) -> Rows:
 
 
 def say(line: str) -> None:
+    """Print a line, once for all processes."""
     if is_first():
         print(line, flush=True)
 
@@ -738,6 +754,7 @@ def rates(a, config, steps: int) -> tuple[float, float]:
 
 
 def shard_student(a, config, new_config, models, device, steps):
+    """(sharded student, its masks): the fading model, or without masks the aligned GQA model."""
     if a.no_masks:
         return shard(plain(new_config), models["aligned"], device,
                      recompute=a.checkpoint_activations), None
@@ -774,6 +791,7 @@ def fine_tuned(a, config, weights, data: Data, size: int, out: Path, common) -> 
 
 
 def distill(a, config, student, masks, teacher_weights, data, steps, size, out, common) -> None:
+    """Train the student on the teacher's logits; it changes in place."""
     stored = torch.bfloat16 if common["device"].type == "cuda" else torch.float32
     teacher = shard(plain(config), teacher_weights, common["device"], stored)
     teacher.requires_grad_(False)
@@ -832,6 +850,7 @@ def demo_source(folder: Path, device: torch.device) -> None:
 
 
 def save_tokenizer(folder: Path, texts: list[str]) -> None:
+    """Train a byte-level BPE on the texts and save it as a tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
