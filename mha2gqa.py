@@ -303,7 +303,8 @@ def tidy_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         # A file may hold both of the tied tensors, or only one of them, under either name.
         head = weights.pop("lm_head.weight")
-        if not torch.equal(weights.setdefault("model.embed_tokens.weight", head), head):
+        embedding = weights.setdefault("model.embed_tokens.weight", head)
+        if embedding.dtype != head.dtype or not torch.equal(embedding, head):
             raise ValueError(
                 "tie_word_embeddings is true, but lm_head.weight differs from "
                 "model.embed_tokens.weight; set it to false, or remove lm_head.weight"

@@ -250,10 +250,11 @@ def test_leftovers_are_dropped_and_tied_embeddings_have_one_name(tmp_path):
     }.items():
         path = make_directory(tmp_path / name, config, {"model.safetensors": tensors})
         assert same_weights(m.load_checkpoint(path)[1], weights), name
-    tensors = weights | {"lm_head.weight": embedding + 1}
-    path = make_directory(tmp_path / "two", config, {"model.safetensors": tensors})
-    with pytest.raises(ValueError, match="lm_head.weight differs"):
-        m.load_checkpoint(path)
+    for name, other in (("two", embedding + 1), ("dtypes", embedding.bfloat16())):
+        tensors = weights | {"lm_head.weight": other}
+        path = make_directory(tmp_path / name, config, {"model.safetensors": tensors})
+        with pytest.raises(ValueError, match="lm_head.weight differs"):
+            m.load_checkpoint(path)
 
 
 def test_one_tensor_under_two_names_can_be_saved(tmp_path):
@@ -1465,6 +1466,7 @@ def test_a_killed_run_continues_bit_for_bit(trained, run_of_12, tmp_path):
     out = tmp_path / "killed"
     shutil.copytree(run_of_12[0] / "checkpoints/step_8", out / "checkpoints/step_8")
     (out / "checkpoints/partial_11").mkdir()  # what a kill in the middle of writing leaves
+    (out / "metrics.jsonl").write_text('{"stage": "checkp')
     train_run(trained, out)
     assert sorted(read_metrics(out)) == [8, 9, 10, 11]
     (_, a), (_, b) = (m.load_checkpoint(p / "gqa") for p in (run_of_12[0], out))

@@ -491,7 +491,8 @@ def train(
 def keep_metrics(file: Path, stage: str, first: int) -> None:
     """Drop the lines of steps that will be made again."""
     if is_first() and file.exists():
-        records = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = file.read_text().splitlines()
+        records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut one
         kept = [r for r in records if r["stage"] != stage or r["step"] < first]
         file.write_text("".join(json.dumps(r) + "\n" for r in kept))
 
