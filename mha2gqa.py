@@ -444,8 +444,8 @@ def new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
     path = Path(path).resolve()
     check_new_directory(path, size)
     temporary = path.with_name(f".{path.name}.{time.time_ns():x}")
-    temporary.mkdir()
     try:
+        temporary.mkdir()  # within the try: a signal can come the moment it returns
         yield temporary
         if path.exists():
             shutil.copymode(path, temporary)

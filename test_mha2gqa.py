@@ -1383,6 +1383,19 @@ def test_an_interrupted_conversion_leaves_nothing(trained, tmp_path, number):
     assert program.returncode == 130 and not list(tmp_path.iterdir())
 
 
+def test_a_signal_that_meets_mkdir_leaves_nothing(tmp_path, monkeypatch):
+    mkdir = m.Path.mkdir
+
+    def interrupted(self, *args):
+        mkdir(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(m.Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), m.new_directory(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_output_may_be_a_link_to_an_empty_directory(tmp_path):
     (tmp_path / "disk").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "disk")
