@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1416,34 +1417,55 @@ def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
 TRAINER = PROGRAM.with_name("train_gqa.py")
 
 
-def train_run(trained, out, *more, processes=1, check=True):
-    """A run of 12 steps as a program of its own; with several processes, through torchrun."""
-    arguments = [TRAINER, "--model", trained / "mha", "--kv-heads", "2", "--out", out, "--text",
-                 trained / "text.jsonl", "--steps", "12", "--batch-tokens", "512", "--save-every",
-                 "4", "--lr", "1e-3", *more]
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    return subprocess.run([str(a) for a in launch + arguments], capture_output=True, text=True,
-                          check=check)
+def train_arguments(trained, out, *more):
+    return [str(x) for x in (
+        "--model", trained / "mha", "--kv-heads", "2", "--out", out, "--text",
+        trained / "text.jsonl", "--steps", "20", "--batch-tokens", "512", "--save-every", "4",
+        "--lr", "1e-3", *more)]
 
 
-def read_metrics(out):
-    return {r["step"]: r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())}
+def train_run(trained, out, *more, launch=(), check=True):
+    """A run of 20 steps as a program of its own."""
+    command = [sys.executable, *launch, TRAINER, *train_arguments(trained, out, *more)]
+    return subprocess.run(command, capture_output=True, text=True, check=check)
+
+
+def read_metrics(out, stage="prune"):
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: r for r in records if r["stage"] == stage}
 
 
 @pytest.fixture(scope="session")
-def run_of_12(trained, tmp_path_factory):
+def run_of_20(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "one"
     return out, train_run(trained, out)
 
 
-def test_a_training_run_ends_in_a_better_model_that_transformers_loads(run_of_12):
-    out, done = run_of_12
-    scores = json.loads((out / "report.json").read_text())["scores"]
-    assert scores["source"]["loss"] < scores["pruned"]["loss"] < scores["aligned"]["loss"]
-    assert scores["aligned"]["loss"] < scores["mean-pool"]["loss"]
-    assert f"pruned      {scores['pruned']['loss']:12.4f}" in done.stdout
+@pytest.fixture(scope="session")
+def run_of_two(trained, tmp_path_factory):
+    """The same run by two processes of torchrun."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    train_run(trained, out, launch=["-m", "torch.distributed.run", "--standalone",
+                                    "--nproc-per-node", "2"])
+    return out
+
+
+@pytest.fixture
+def alone():
+    """This process as the only one of a group; its device."""
+    threads = torch.get_num_threads()
+    yield train_gqa.start_processes()
+    torch.distributed.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+def test_a_training_run_ends_in_a_better_model_that_transformers_loads(run_of_20):
+    out, done = run_of_20
+    report = json.loads((out / "report.json").read_text())
+    loss, kl = ({name: s[of] for name, s in report["scores"].items()} for of in ("loss", "kl"))
+    assert loss["source"] < loss["pruned"] < loss["aligned"] < loss["mean-pool"]
+    assert abs(kl["source"]) < 1e-6 and 0 < kl["pruned"] < kl["aligned"] < kl["mean-pool"]
+    assert f"pruned    {loss['pruned']:12.4f}{kl['pruned']:12.4f}{512:16,}\n" in done.stdout
     config, weights = m.load_checkpoint(out / "gqa")
     assert config.num_key_value_heads == 2
     tokens = random_tokens(config, time=64)
@@ -1451,50 +1473,235 @@ def test_a_training_run_ends_in_a_better_model_that_transformers_loads(run_of_12
         wanted = transformers_model(out / "gqa")(tokens).logits
     found = logits_of(config, weights, tokens)
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_4", "step_8"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_12", "step_16"]
+    rows = m.text_rows(trained_text(out), config, [trained_text(out) / "../text.jsonl"],
+                       tokens=20 * 512, seq_len=64)[1]
+    by_hand = m.Llama(config)
+    by_hand.load_state_dict(weights)
+    logits = by_hand(rows)[:, :-1].flatten(0, 1)
+    assert F.cross_entropy(logits, rows[:, 1:].flatten()).item() == pytest.approx(loss["pruned"])
 
 
-def test_losses_and_masks_of_a_run(run_of_12):
+def trained_text(out):
+    return Path(json.loads((out / "report.json").read_text())["arguments"]["model"])
+
+
+def test_what_a_run_logs(run_of_20):
     """The student starts as the source; masks follow their target, and are 0 from 80 % on."""
-    metrics = read_metrics(run_of_12[0])
-    assert sorted(metrics) == list(range(12))
-    assert abs(metrics[0]["loss"]) < 1e-5 and metrics[3]["loss"] > 1e-3
-    for step, record in metrics.items():
-        if 0 < step < 0.8 * 12:
-            assert abs(record["mask_mean"] - record["mask_target"]) <= 0.01
-    assert all(metrics[s]["mask_mean"] == 0 for s in (10, 11))
-    assert metrics[11]["loss"] < 2 * metrics[9]["loss"]
+    metrics = read_metrics(run_of_20[0])
+    assert sorted(metrics) == list(range(20))
+    assert abs(metrics[0]["loss"]) < 1e-5 and metrics[4]["loss"] > 1e-3
+    for step, r in metrics.items():
+        assert r["loss"] == pytest.approx(r["kl"] + r["bild"], abs=1e-6)
+        assert r["mask_target"] == pytest.approx(max(0, 1 - step / 6))
+        assert r["mask_mean"] == pytest.approx(sum(r["mask_layers"]) / 2, abs=1e-4)
+        assert {"lr", "mask_lr", "gradient_norm", "tokens_per_second"} < r.keys()
+        if 0 < step < 16:
+            assert abs(r["mask_mean"] - r["mask_target"]) <= 0.01
+        elif step >= 16:
+            assert r["mask_layers"] == [0, 0]
+    assert metrics[16]["loss"] < 1.2 * metrics[15]["loss"]
 
 
-def test_two_processes_make_the_same_run(trained, run_of_12, tmp_path):
-    train_run(trained, tmp_path / "two", processes=2)
-    one, two = read_metrics(run_of_12[0]), read_metrics(tmp_path / "two")
+def test_two_processes_make_the_same_run(run_of_20, run_of_two):
+    one, two = read_metrics(run_of_20[0]), read_metrics(run_of_two)
     for step in one:
-        assert two[step]["loss"] == pytest.approx(one[step]["loss"], abs=1e-4)
-    (_, a), (_, b) = (m.load_checkpoint(p / "gqa") for p in (run_of_12[0], tmp_path / "two"))
-    assert max((a[n] - b[n]).abs().max() for n in a) < 1e-3
+        assert two[step]["loss"] == pytest.approx(one[step]["loss"], abs=1e-5)
+    (_, a), (_, b) = (m.load_checkpoint(p / "gqa") for p in (run_of_20[0], run_of_two))
+    assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5
 
 
-def test_a_killed_run_continues_bit_for_bit(trained, run_of_12, tmp_path):
-    out = tmp_path / "killed"
-    shutil.copytree(run_of_12[0] / "checkpoints/step_8", out / "checkpoints/step_8")
+def start_group(trained, out, processes):
+    """The run's processes, told of each other as torchrun tells them."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    for rank in range(processes):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
+                       "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost",
+                       "MASTER_PORT": port}
+        yield subprocess.Popen(
+            [sys.executable, TRAINER, *train_arguments(trained, out)], text=True,
+            env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed_signals)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_run_continues_bit_for_bit(
+    trained, run_of_20, run_of_two, tmp_path, number, processes
+):
+    out, whole = tmp_path / "out", run_of_two if processes == 2 else run_of_20[0]
+    group = list(start_group(trained, out, processes))
+    while not (out / "metrics.jsonl").exists() or len(read_metrics(out)) < 10:
+        assert all(p.poll() is None for p in group)
+        time.sleep(0.01)
+    for p in group[: processes if number == signal.SIGKILL else 1]:
+        p.send_signal(number)
+    said = [p.communicate()[0] for p in group]
+    if number == signal.SIGTERM:  # one got it; all write a checkpoint and end
+        assert [p.returncode for p in group] == [130] * processes
+        assert "the same command continues" in said[0]
+        assert len(list((out / "checkpoints").glob("step_*"))) == 2
+    done = len(read_metrics(out))
+    assert not (out / "gqa").exists() and 10 <= done < 20
     (out / "checkpoints/partial_11").mkdir()  # what a kill in the middle of writing leaves
-    (out / "metrics.jsonl").write_text('{"stage": "checkp')
-    train_run(trained, out)
-    assert sorted(read_metrics(out)) == [8, 9, 10, 11]
-    (_, a), (_, b) = (m.load_checkpoint(p / "gqa") for p in (run_of_12[0], out))
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "pru')
+    for p in list(start_group(trained, out, processes)):
+        assert "error" not in p.communicate()[0] and p.returncode == 0
+    found, wanted = read_metrics(out), read_metrics(whole)
+    for record in (*found.values(), *wanted.values()):
+        del record["tokens_per_second"]
+    assert found == wanted
+    (_, a), (_, b) = (m.load_checkpoint(p / "gqa") for p in (whole, out))
     assert same_weights(a, b)
 
 
-def test_finished_runs_print_their_table_again(trained, run_of_12, tmp_path):
-    out, done = run_of_12
-    again = train_run(trained, out)
-    assert again.stdout.strip() == done.stdout[done.stdout.index("  loss") :].strip() or (
-        again.stdout.split() == done.stdout.split()[-len(again.stdout.split()) :])
-    (tmp_path / "file").touch()
-    foreign = train_run(trained, tmp_path, check=False)
-    assert foreign.returncode == 2
-    assert re.fullmatch(r"error: .*exists and is not a run of this program.*\n", foreign.stderr)
+def test_finished_runs_print_their_table_again(trained, run_of_20, tmp_path):
+    out, done = run_of_20
+    again = train_run(trained, out, "--save-every", "5")
+    assert again.stdout == done.stdout[-len(again.stdout) :] and "pruned" in again.stdout
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
+    done = train_run(trained, tmp_path / "out", "--lr", "1e30", "--save-every", "1", check=False)
+    assert done.returncode == 2 and not (tmp_path / "out/gqa").exists()
+    step = int(re.fullmatch(r"error: prune, step (\d+): the loss is (?:nan|inf); .*\n",
+                            done.stderr)[1])
+    assert (tmp_path / f"out/checkpoints/step_{step}").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "/nowhere"], "/nowhere: "),
+    (["--kv-heads", "3"], "3 KV heads: the source has 8, choose one of 1, 2, 4"),
+    (["--text", "/nowhere.txt"], "/nowhere.txt: "),
+    (["--tasks", "."], "holds none of the folders boolq, piqa"),
+    (["--teacher", "{trained}/gqa"], "not a teacher of the same shape"),
+    (["--seq-len", "65"], "65"),
+    (["--steps", "0"], "--steps 0: "),
+    (["--modell", "x"], "unrecognized arguments: --modell x"),
+    (["--lr", "-1"], "--lr -1.0: "),
+    (["--out", "{trained}"], "exists and is not a run of this program"),
+    (["--out", "{one}", "--lr", "1"], "holds a run with --lr 0.001, not 1.0"),
+])
+def test_bad_input_of_the_trainer(trained, run_of_20, tmp_path, arguments, message):
+    more = [x.format(trained=trained, one=run_of_20[0]) for x in arguments]
+    done = train_run(trained, tmp_path / "out", *more, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_open_are_the_source_and_closed_the_written_model(alone, trained, tmp_path):
+    a = train_gqa.parse_arguments(train_arguments(trained, tmp_path / "out"))
+    run = train_gqa.prepare(a, {"scores": {}}, alone, None)
+    config, tokens = run.config, random_tokens(run.config, time=64)
+    model = train_gqa.shard(train_gqa.model_of(config, 2), alone)
+    train_gqa.fill_(model, train_gqa.student_blocks(run), m.outer_weights(run.weights))
+    masks = train_gqa.Masks(model, 20, 1e-2, seed=0)
+
+    def logits():
+        with torch.no_grad():
+            return model(tokens, None, F.linear)
+
+    masks.draw(0, alone)
+    wanted = logits_of(config, run.weights, tokens)
+    assert (logits() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    masks.draw(3, alone)
+    assert (logits() - wanted).abs().max() > 1e-2 * wanted.abs().max()
+    masks.draw(16, alone)
+    closed = logits()
+    model.reshard()
+    train_gqa.save_model(tmp_path / "gqa", model, run.new_config, run.weights, a.model)
+    with torch.no_grad():
+        found = transformers_model(tmp_path / "gqa")(tokens).logits
+    assert (found - closed).abs().max() <= 1e-5 * closed.abs().max()
+
+
+def test_fading_projections_mix_head_by_head():
+    config = config_of("qwen2", num_attention_heads=4, num_key_value_heads=4)
+    layer = train_gqa.FadingLinear(config, 2)
+    layer.z_K = torch.tensor([1.0, 0.25, 0.0, 0.5])
+    x = torch.randn(3, config.hidden_size)
+    old, new = F.linear(x, layer.weight, layer.bias).view(3, 4, -1), layer.new(x).view(3, 2, -1)
+    wanted = [old[:, 0], 0.25 * old[:, 1] + 0.75 * new[:, 0], new[:, 1],
+              0.5 * old[:, 3] + 0.5 * new[:, 1]]
+    assert torch.allclose(layer(x), torch.cat(wanted, -1), atol=1e-6)
+
+
+def test_losses_in_chunks_are_the_losses_at_once(alone):
+    """3,000 predictions in three chunks; values and gradients, of tasks and of text."""
+    generator = torch.Generator().manual_seed(0)
+    config = config_of(vocab_size=60, hidden_size=16, head_dim=8, num_attention_heads=2,
+                       num_key_value_heads=2, max_position_embeddings=3000)
+    teacher = train_gqa.shard(train_gqa.model_of(config), alone)
+    weights = random_weights(config)
+    train_gqa.fill_(teacher, train_gqa.source_blocks(config, weights), m.outer_weights(weights))
+    tokens = random_tokens(config, batch=1, time=3000)
+    kind = torch.randint(4, (1, 3000), generator=generator)
+    rows = train_gqa.Rows(tokens, kind)
+    hidden, head = (torch.randn(*shape, 16, generator=generator).requires_grad_()
+                    for shape in ((1, 3000), (60,)))
+    student, wanted = F.linear(hidden, head), logits_of(config, weights, tokens)
+    kl = m.kl_loss(student, wanted)[kind & 1 > 0].sum()
+    bild = m.bild_loss(student, wanted)[kind & 2 > 0].sum()
+    found = train_gqa.distillation(teacher)(rows)(hidden, head)
+    assert torch.allclose(found, torch.stack([kl, bild]), rtol=1e-5)
+    pairs = zip(torch.autograd.grad(found.sum(), (hidden, head)),
+                torch.autograd.grad(kl + bild, (hidden, head)), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+    nats = F.cross_entropy(student[0, :-1], tokens[0, 1:], reduction="none")
+    kind[0, -1] = 0
+    found = train_gqa.cross_entropy(rows)(hidden, head)
+    assert torch.allclose(found, nats[kind[0, :-1] & 2 > 0].sum()[None], rtol=1e-5)
+
+
+def test_exact_match_is_what_greedy_generation_gives(alone, trained):
+    config, weights = m.load_checkpoint(trained / "mha")
+    model = train_gqa.shard(train_gqa.model_of(config), alone)
+    train_gqa.fill_(model, train_gqa.source_blocks(config, weights), m.outer_weights(weights))
+    coded = []
+    for n in range(12):
+        ids = random_tokens(config, batch=1, time=4 + n, seed=n)
+        for _ in range(1 + n % 5):
+            best = logits_of(config, weights, ids)[:, -1:].argmax(-1)
+            ids = torch.cat([ids, best], 1)
+        coded.append((ids[0].tolist(), 4 + n))
+    def score():
+        rows = train_gqa.pack_examples(coded, 40, seed=0)
+        return train_gqa.exact_match(model, rows, len(coded), alone, "test")
+
+    assert score() == 1
+    for n in (1, 6, 10):  # one token of the answer is another: the first, one within, the last
+        coded[n][0][4 + n + (0, 0, 0)[n % 3]] += 1 if coded[n][0][4 + n] < 300 else -1
+    assert score() == pytest.approx(9 / 12)
+
+
+def test_tasks_from_fine_tuning_to_the_table(trained, tmp_path):
+    for task, names in (("boolq", ("train.jsonl", "val.jsonl")),
+                        ("openbookqa", ("train.jsonl", "dev.jsonl"))):
+        (tmp_path / "tasks" / task).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "tasks" / task / name).write_text(
+                "".join(json.dumps(TASK_RECORDS[task][n % 2]) + "\n" for n in range(30)))
+    out = tmp_path / "out"
+    arguments = [str(x) for x in ("--model", trained / "mha", "--kv-heads", "4", "--out", out,
+                 "--tasks", tmp_path / "tasks", "--sft-epochs", "6", "--steps", "8",
+                 "--batch-tokens", "128", "--lr", "3e-3", "--task-limit", "20")]
+    done = subprocess.run([sys.executable, TRAINER, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"boolq train: 20 examples, [\d,]+ tokens, \d+ prompts cut", done.stdout)
+    scores = json.loads((out / "report.json").read_text())["scores"]
+    assert list(scores) == ["source", "teacher", "mean-pool", "aligned", "pruned"]
+    for found in scores.values():
+        assert found["mean"] == (found["boolq"] + found["openbookqa"]) / 2
+    assert scores["source"]["mean"] < scores["teacher"]["mean"]
+    losses = [r["cross_entropy"] for r in read_metrics(out, "fine-tune").values()]
+    assert losses[-1] < 0.7 * losses[0]
+    source, teacher = (m.load_checkpoint(p)[1] for p in (trained / "mha", out / "teacher"))
+    assert source.keys() == teacher.keys() and not same_weights(source, teacher)
+    assert not (out / "sft").exists()
 
 
 TASK_RECORDS = {
