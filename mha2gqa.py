@@ -1623,11 +1623,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def be_a_program() -> None:
+    """Warnings on one line; and being told to end unwinds like Ctrl-C, so that nothing half-written
+    stays behind. A signal that is ignored, as under nohup, stays ignored."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    # Being told to end unwinds like Ctrl-C: nothing half-written stays behind. nohup has its way.
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+    be_a_program()
     sys.exit(main())

@@ -1098,7 +1098,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        say("interrupted: the same command continues from the newest checkpoint")
+        say("interrupted: the same command continues where this one was, or from the newest "
+            "checkpoint")
         return 130
     finally:
         dist.destroy_process_group()
@@ -1106,4 +1107,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    mha2gqa.be_a_program()
     sys.exit(main())
