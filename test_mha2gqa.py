@@ -1474,16 +1474,15 @@ def test_a_training_run_ends_in_a_better_model_that_transformers_loads(run_of_20
     found = logits_of(config, weights, tokens)
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_12", "step_16"]
-    rows = m.text_rows(trained_text(out), config, [trained_text(out) / "../text.jsonl"],
-                       tokens=20 * 512, seq_len=64)[1]
+    arguments = report["arguments"]
+    encode = m.load_tokenizer(arguments["model"])
+    documents = m.read_documents(arguments["text"][0])
+    rows = m.pack_rows(documents, encode, config, 10**6, 64, seed=0)
+    rows = rows[: len(rows) // 10]  # held out: the first rows, as many as 10 %
     by_hand = m.Llama(config)
     by_hand.load_state_dict(weights)
     logits = by_hand(rows)[:, :-1].flatten(0, 1)
     assert F.cross_entropy(logits, rows[:, 1:].flatten()).item() == pytest.approx(loss["pruned"])
-
-
-def trained_text(out):
-    return Path(json.loads((out / "report.json").read_text())["arguments"]["model"])
 
 
 def test_what_a_run_logs(run_of_20):
@@ -1567,9 +1566,10 @@ def test_finished_runs_print_their_table_again(trained, run_of_20, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
     done = train_run(trained, tmp_path / "out", "--lr", "1e30", "--save-every", "1", check=False)
     assert done.returncode == 2 and not (tmp_path / "out/gqa").exists()
-    step = int(re.fullmatch(r"error: prune, step (\d+): the loss is (?:nan|inf); .*\n",
+    step = int(re.fullmatch(r"error: prune, step (\d+): the loss is (?:nan|inf), .*\n",
                             done.stderr)[1])
-    assert (tmp_path / f"out/checkpoints/step_{step}").exists()
+    kept = sorted((tmp_path / "out/checkpoints").iterdir())
+    assert step >= 2 and [p.name for p in kept] == [f"step_{step - 1}"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -1577,7 +1577,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path):
     (["--kv-heads", "3"], "3 KV heads: the source has 8, choose one of 1, 2, 4"),
     (["--text", "/nowhere.txt"], "/nowhere.txt: "),
     (["--tasks", "."], "holds none of the folders boolq, piqa"),
-    (["--teacher", "{trained}/gqa"], "not a teacher of the same shape"),
+    (["--teacher", "/nowhere"], "/nowhere: "),
     (["--seq-len", "65"], "65"),
     (["--steps", "0"], "--steps 0: "),
     (["--modell", "x"], "unrecognized arguments: --modell x"),
@@ -1657,6 +1657,25 @@ def test_losses_in_chunks_are_the_losses_at_once(alone):
     assert torch.allclose(found, nats[kind[0, :-1] & 2 > 0].sum()[None], rtol=1e-5)
 
 
+def test_micro_batches_add_up(alone, trained):
+    """160 rows of 64 tokens go through the model in two parts; gradients as of all at once."""
+    config, weights = m.load_checkpoint(trained / "mha")
+    model = train_gqa.shard(train_gqa.model_of(config), alone)
+    train_gqa.fill_(model, train_gqa.source_blocks(config, weights), m.outer_weights(weights))
+    rows = train_gqa.text_to_rows(random_tokens(config, batch=160, time=64))
+    assert len(list(train_gqa.micro_batches(rows, alone))) == 2
+    found = train_gqa.backward(model, rows, train_gqa.cross_entropy, torch.tensor([160 * 63]))
+    plain = m.Llama(config)
+    plain.load_state_dict(weights)
+    logits = plain(rows.tokens)[:, :-1].flatten(0, 1)
+    loss = F.cross_entropy(logits, rows.tokens[:, 1:].flatten())
+    loss.backward()
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    for (name, p), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        gradient = p.grad.full_tensor()
+        assert torch.allclose(gradient, wanted.grad, rtol=1e-3, atol=1e-6), name
+
+
 def test_exact_match_is_what_greedy_generation_gives(alone, trained):
     config, weights = m.load_checkpoint(trained / "mha")
     model = train_gqa.shard(train_gqa.model_of(config), alone)
@@ -1702,6 +1721,17 @@ def test_tasks_from_fine_tuning_to_the_table(trained, tmp_path):
     source, teacher = (m.load_checkpoint(p)[1] for p in (trained / "mha", out / "teacher"))
     assert source.keys() == teacher.keys() and not same_weights(source, teacher)
     assert not (out / "sft").exists()
+    # The same tasks with text and a teacher; two processes, no masks, less memory.
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         TRAINER, *arguments, "--out", tmp_path / "other", "--teacher", out / "teacher", "--text",
+         trained / "text.jsonl", "--no-masks", "--checkpoint-activations"],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "other/report.json").read_text())["scores"]
+    assert list(scores["pruned"]) == ["loss", "kl", "boolq", "openbookqa", "mean"]
+    assert scores["pruned"]["kl"] < scores["aligned"]["kl"]
+    assert abs(scores["teacher"]["kl"]) < 1e-6 < scores["source"]["kl"]
 
 
 TASK_RECORDS = {
@@ -1714,10 +1744,18 @@ TASK_RECORDS = {
          "answerKey": "B"}],
     "hellaswag": [{"ctx_a": "C", "ctx_b": "d", "endings": ["x", "y"], "label": "1"},
                   {"ctx": "C d", "endings": ["x", "y"], "label": 1}],
+    "winogrande": [{"sentence": "S _.", "option1": "x", "option2": "y", "answer": "2"},
+                   {"sentence": "S _.", "option1": "x", "option2": "y", "answer": 2}],
+    "arc-c": [{"question": {"stem": "S", "choices": [{"text": "x", "label": "1"},
+                                                     {"text": "y", "label": "2"}]},
+               "answerKey": "2"}] * 2,
 }
 
 
 @pytest.mark.parametrize("task, prompt, answer", [
+    ("winogrande", "Choose the most sensible text to replace the \"_\" in the following sentence: "
+     "S _.\nChoices: ['x', 'y']\nAnswer:", "y"),
+    ("arc-c", "Question: S\nChoices: ['x', 'y']\nAnswer:", "y"),
     ("boolq", "P.\nQuestion: is it?\nChoices: ['true', 'false']\nAnswer:", "true"),
     ("openbookqa", "Question: S\nChoices: ['x', 'y']\nAnswer:", "y"),
     ("hellaswag", "Please choose the most appropriate text to complete the passage below:\n"
@@ -1733,16 +1771,26 @@ def test_tasks_in_both_spellings(tmp_path, task, prompt, answer):
         train_gqa.read_task(tmp_path, task, dev=False)
 
 
-def test_tasks_with_labels_beside_them(tmp_path):
-    (tmp_path / "piqa").mkdir()
-    record = {"goal": "G", "sol1": "one", "sol2": "two"}
-    (tmp_path / "piqa/valid.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record))
-    (tmp_path / "piqa/valid-labels.lst").write_text("1\n0\n")
-    found = train_gqa.read_task(tmp_path, "piqa", dev=True)
-    assert [answer for _, answer in found] == ["two", "one"]
-    (tmp_path / "piqa/valid-labels.lst").write_text("1\n")
+@pytest.mark.parametrize("task, file, record, first", [
+    ("piqa", "valid", {"goal": "G", "sol1": "one", "sol2": "two"}, 0),
+    ("siqa", "dev", {"context": "C", "question": "Q", "answerA": "one", "answerB": "two",
+                     "answerC": "three"}, 1)])
+def test_tasks_with_labels_beside_them(tmp_path, task, file, record, first):
+    (tmp_path / task).mkdir()
+    labels = tmp_path / task / f"{file}-labels.lst"
+    (tmp_path / task / f"{file}.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record))
+    with pytest.raises(ValueError, match="no such file; it should hold"):
+        train_gqa.read_task(tmp_path, task, dev=True)
+    labels.write_text(f"{first + 1}\n{first}\n")
+    (prompt, answer), (_, other) = train_gqa.read_task(tmp_path, task, dev=True)
+    assert (answer, other) == ("two", "one") and "Choices: ['one', 'two'" in prompt.replace(
+        "Choose the most", "")
+    labels.write_text("1\n")
     with pytest.raises(ValueError, match="1 labels for 2 records"):
-        train_gqa.read_task(tmp_path, "piqa", dev=True)
+        train_gqa.read_task(tmp_path, task, dev=True)
+    labels.write_text(f"1\n{first - 1}\n")
+    with pytest.raises(ValueError, match=f"line 2: not a record of {task}"):
+        train_gqa.read_task(tmp_path, task, dev=True)
 
 
 def test_packed_examples_keep_everything_apart():

@@ -18,6 +18,8 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
+import itertools
 import json
 import math
 import os
@@ -27,7 +29,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +43,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -66,7 +69,12 @@ class Rows:
     document: Tensor | None = None
 
     def __getitem__(self, rows) -> "Rows":
-        return Rows(*(None if x is None else x[rows] for x in dataclasses.astuple(self)))
+        return self.map(lambda x: x[rows])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
+        """The function of each tensor."""
+        return Rows(*(x if x is None else function(x)
+                      for x in (self.tokens, self.kind, self.document)))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,12 +82,12 @@ class Rows:
 
 def text_to_rows(tokens_RT: Tensor) -> Rows:
     """Rows of plain text: every prediction but the row's last is learned in both losses."""
-    kind = torch.full_like(tokens_RT, KL | ANSWER)
+    kind = torch.full_like(tokens_RT, KL | ANSWER, dtype=torch.uint8)
     kind[:, -1] = 0
     return Rows(tokens_RT, kind)
 
 
-def choice_list(choices: Sequence[str]) -> str:
+def choice_list(choices: Iterable[str]) -> str:
     """The choices as a Python list prints them."""
     return f"Choices: {list(choices)!r}"
 
@@ -94,23 +102,23 @@ def boolq(r, _label):
 
 def piqa(r, label):
     """(prompt, answer) of a PIQA record and its label, 0 or 1."""
-    choices = [r["sol1"], r["sol2"]]
+    choices = {"0": r["sol1"], "1": r["sol2"]}
     return (f"Goal: {r['goal']}\nChoose the most sensible solution to achieve the goal. "
-            f"{choice_list(choices)}\nAnswer:"), choices[int(label)]
+            f"{choice_list(choices.values())}\nAnswer:"), choices[label]
 
 
 def winogrande(r, _label):
     """(prompt, answer) of a WinoGrande record, whose answer is 1 or 2."""
-    choices = [r["option1"], r["option2"]]
+    choices = {"1": r["option1"], "2": r["option2"]}
     return ('Choose the most sensible text to replace the "_" in the following sentence: '
-            f"{r['sentence']}\n{choice_list(choices)}\nAnswer:"), choices[int(r["answer"]) - 1]
+            f"{r['sentence']}\n{choice_list(choices.values())}\nAnswer:"), choices[str(r["answer"])]
 
 
 def siqa(r, label):
     """(prompt, answer) of a SocialIQA record and its label, 1 to 3."""
-    choices = [r["answerA"], r["answerB"], r["answerC"]]
-    return (f"{r['context']}\nQuestion: {r['question']}\n{choice_list(choices)}\nAnswer:",
-            choices[int(label) - 1])
+    choices = {"1": r["answerA"], "2": r["answerB"], "3": r["answerC"]}
+    return (f"{r['context']}\nQuestion: {r['question']}\n{choice_list(choices.values())}\nAnswer:",
+            choices[label])
 
 
 def science(r, _label):
@@ -156,7 +164,9 @@ def read_task(folder: Path, task: str, dev: bool) -> list[tuple[str, str]]:
         raise ValueError(f"{folder / task}: no {' or '.join(names[dev])}")
     file = files[0]
     labels_file = file.with_name(f"{file.stem}-labels.lst")
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8").strip("\n").split("\n")
+    if parse in (piqa, siqa) and not labels_file.is_file():
+        raise ValueError(f"{labels_file}: no such file; it should hold {file.name}'s labels")
     labels = labels_file.read_text().split() if labels_file.is_file() else [None] * len(lines)
     if len(labels) != len(lines):
         raise ValueError(f"{labels_file}: {len(labels)} labels for {len(lines)} records")
@@ -171,7 +181,7 @@ def read_task(folder: Path, task: str, dev: bool) -> list[tuple[str, str]]:
 
 def encode_examples(examples, encode, eos: Sequence[int], seq_len: int):
     """([(token ids with EOS, length of the prompt)], number of prompts whose left end is lost)."""
-    prompts = encode([prompt for prompt, _ in examples])
+    prompts = encode([prompt.strip() for prompt, _ in examples])
     wholes = encode([f"{prompt.strip()} {answer.strip()}" for prompt, answer in examples])
     coded, cut = [], 0
     for prompt, whole in zip(prompts, wholes, strict=True):
@@ -196,7 +206,7 @@ def pack_examples(coded, seq_len: int, seed: int) -> Rows:
         row[0] += size
         row[1].append(n)
     tokens = torch.zeros(len(rows), seq_len, dtype=torch.int64)
-    kind, document = torch.zeros_like(tokens), torch.full_like(tokens, -1)
+    kind, document = torch.zeros_like(tokens, dtype=torch.uint8), torch.full_like(tokens, -1)
     for r, (_, members) in enumerate(rows):
         at = 0
         for n in members:
@@ -225,8 +235,14 @@ def batch(rows: Rows, step: int, size: int, seed: int) -> Rows:
 
 
 def start_processes() -> torch.device:
-    """Join torchrun's processes, or be the only one; returns this process's device."""
-    cuda = torch.cuda.is_available()
+    """Join torchrun's processes, or be the only one; returns this process's device.
+
+    Raises ValueError if there are more processes here than GPUs.
+    """
+    cuda, here = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and here > torch.cuda.device_count():
+        raise ValueError(f"{here} processes on this machine, which has {torch.cuda.device_count()} "
+                         "GPUs: choose another --nproc-per-node")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         # The others wait while rank 0 aligns the source: longer than the default timeout allows.
@@ -234,7 +250,6 @@ def start_processes() -> torch.device:
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     if not cuda:  # torchrun leaves each process one thread
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
         torch.set_num_threads(max(1, len(usable) // here))
         return torch.device("cpu")
@@ -245,7 +260,7 @@ def start_processes() -> torch.device:
 
 def is_first() -> bool:
     """Whether this process is rank 0, which reads, writes and speaks for all."""
-    return dist.get_rank() == 0
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def as_first(value):
@@ -253,6 +268,20 @@ def as_first(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def together(function: Callable):
+    """What the function returns in this process; what it raises in any is raised in all."""
+    found, error = None, None
+    try:
+        found = function()
+    except (ValueError, OSError) as raised:
+        error = str(raised)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for error in filter(None, errors):
+        raise ValueError(error)
+    return found
 
 
 class LossLlama(mha2gqa.Llama):
@@ -308,13 +337,14 @@ def shard(model: LossLlama, device, stored=torch.float32, recompute=False) -> Lo
 
     Its parameters hold nothing yet. `stored`: their dtype, whatever the forward computes in.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+    how = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+           "mp_policy": MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)}
     model.to(stored)
     for block in model.model.layers:
         if recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(block, **how)
+    fully_shard(model, **how)
     return model.to_empty(device=device)
 
 
@@ -322,10 +352,9 @@ def shard(model: LossLlama, device, stored=torch.float32, recompute=False) -> Lo
 def fill_(model: LossLlama, blocks: Iterator[Mapping[str, Tensor]], outer: Mapping) -> LossLlama:
     """Give every process its shards of rank 0's weights, with one block in memory at a time."""
     named = dict(model.named_parameters())
-    for i in range(model.config.num_hidden_layers + 1):
-        inside = i < model.config.num_hidden_layers
-        parameters = mha2gqa.block_weights(named, i) if inside else mha2gqa.outer_weights(named)
-        weights = (next(blocks) if inside else outer) if is_first() else {}
+    parts = [mha2gqa.block_weights(named, i) for i in range(model.config.num_hidden_layers)]
+    loaded = itertools.chain(blocks, [outer]) if is_first() else itertools.repeat(None)
+    for parameters, weights in zip([*parts, mha2gqa.outer_weights(named)], loaded, strict=False):
         for name, p in parameters.items():
             full = weights[name] if is_first() else torch.empty(p.shape)
             part = distribute_tensor(full.to(p.device, p.dtype), p.device_mesh, p.placements)
@@ -487,8 +516,7 @@ def micro_batches(rows: Rows, device, tokens: int = 8192) -> Iterator[Rows]:
     mine = rows[dist.get_rank() :: dist.get_world_size()]
     size = max(1, tokens // rows.tokens.shape[1])
     for i in range(0, len(mine), size):
-        part = mine[i : i + size]
-        yield Rows(*(None if x is None else x.to(device) for x in dataclasses.astuple(part)))
+        yield mine[i : i + size].map(lambda x: x.to(device))
 
 
 def train(
@@ -500,7 +528,9 @@ def train(
     The loss is the sum of the objective's parts, each divided by the number of predictions in the
     global batch that carry its bit. Raises FloatingPointError at a loss that is not finite.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
+    # Fused on CUDA: otherwise a step makes a copy of all parameters.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0,
+                                  fused=device.type == "cuda")
     first, metrics = load_newest(folder, model, optimizer, masks), folder.parent / "metrics.jsonl"
     keep_metrics(metrics, name, first)
     with stop_signal() as stopped:
@@ -511,11 +541,14 @@ def train(
             chosen = batch(rows, step, size, seed)
             counts = [max(1, int((chosen.kind & bit > 0).sum())) for bit in parts.values()]
             losses = backward(model, chosen, objective, torch.tensor(counts, device=device))
-            if not losses.isfinite().all():
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+            if not math.isfinite(losses.sum().item() + norm):
+                if is_first():  # it holds the weights that gave this loss
+                    shutil.rmtree(folder / f"step_{step}", ignore_errors=True)
                 raise FloatingPointError(
-                    f"{name}, step {step}: the loss is {losses.sum().item()}; the checkpoints"
-                    f" before it are kept in {folder}; try a lower --lr in another --out")
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    f"{name}, step {step}: the loss is {losses.sum().item()}, its gradient's norm "
+                    f"{norm}; earlier checkpoints stay in {folder}; a new --out with a lower --lr "
+                    "may do")
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate(step, steps)
             optimizer.step()
@@ -524,7 +557,7 @@ def train(
                 masks.step()
             record |= {
                 "loss": losses.sum().item(), **dict(zip(parts, losses.tolist(), strict=True)),
-                "lr": lr * learning_rate(step, steps), "gradient_norm": norm.full_tensor().item(),
+                "lr": lr * learning_rate(step, steps), "gradient_norm": norm,
                 "tokens_per_second": chosen.tokens.numel() / (time.perf_counter() - start)}
             if is_first():
                 with open(metrics, "a") as file:
@@ -554,7 +587,9 @@ def keep_metrics(file: Path, stage: str, first: int) -> None:
         lines = file.read_text().splitlines()
         records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut one
         kept = [r for r in records if r["stage"] != stage or r["step"] < first]
-        file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        new = file.with_suffix(".new")
+        new.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        new.replace(file)
 
 
 @contextlib.contextmanager
@@ -578,7 +613,8 @@ def progress(items, name: str, initial: int = 0, total: int | None = None):
     """A progress bar, on rank 0, silent when not on a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, name, total, initial=initial, disable=None if is_first() else True)
+    return tqdm(items, name, total, leave=not name.startswith("evaluate"), initial=initial,
+                disable=None if is_first() else True)
 
 
 # ---- 5 checkpoints -------------------------------------------------------------------------------
@@ -593,10 +629,14 @@ def training_state(model, optimizer) -> dict:
 def save_step(folder: Path, step: int, model, optimizer, masks) -> None:
     """Write checkpoint `step_N` whole: under another name first. The two newest are kept."""
     partial = folder / f"partial_{step}"
-    dcp.save(training_state(model, optimizer), checkpoint_id=partial)
-    if is_first():
-        if masks:
+    try:
+        dcp.save(training_state(model, optimizer), checkpoint_id=partial)
+        if masks and is_first():
             torch.save([masks.log_alpha, masks.optimizer.state_dict()], partial / "masks.pt")
+    except (RuntimeError, dcp.CheckpointException) as error:  # a full disk, for one
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{partial}: cannot be written ({str(error).splitlines()[0]})") from None
+    if is_first():
         partial.replace(folder / f"step_{step}")
         for old in checkpoints(folder)[:-2]:
             shutil.rmtree(folder / f"step_{old}")
@@ -632,13 +672,16 @@ def load_newest(folder: Path, model, optimizer, masks) -> int:
 
 
 @torch.no_grad()
-def on_held_out(model: LossLlama, rows: Rows, objective, device, name: str) -> list[float]:
-    """The parts of an objective on text, each a mean over all predictions, in nats/token."""
-    total = torch.zeros((), dtype=torch.float64)
+def held_out_loss(model: LossLlama, teacher: LossLlama, rows: Rows, device, name: str) -> dict:
+    """Of text, over all predictions and in nats/token: the loss, and the KL to the teacher."""
+    to_teacher, total = distillation(teacher), torch.zeros(3, dtype=torch.float64)
     for micro in shares(rows, device, name):
-        total = total + model(micro.tokens, micro.document, objective(micro)).cpu().double()
+        objectives = cross_entropy(micro), to_teacher(micro)
+        total += model(micro.tokens, micro.document, lambda hidden, head, of=objectives: torch.cat(
+            [objective(hidden, head) for objective in of])).cpu()
     dist.all_reduce(total)
-    return (total / (rows.kind > 0).sum()).tolist()
+    loss, kl, _ = (total / (rows.kind > 0).sum()).tolist()
+    return {"loss": loss, "kl": kl}
 
 
 def shares(rows: Rows, device, name: str) -> Iterator[Rows]:
@@ -673,8 +716,7 @@ def judge(model: LossLlama, teacher: LossLlama, data: "Data", device, name: str)
     exact answers, and their mean."""
     found = {}
     if data.held_out is not None:
-        found["loss"], = on_held_out(model, data.held_out, cross_entropy, device, name)
-        found["kl"], _ = on_held_out(model, data.held_out, distillation(teacher), device, name)
+        found = held_out_loss(model, teacher, data.held_out, device, name)
     for task, (rows, n) in data.dev.items():
         found[task] = exact_match(model, rows, n, device, f"{name}, {task}")
     if data.dev:
@@ -698,13 +740,19 @@ class Data:
 def load_data(a: argparse.Namespace, config: mha2gqa.LlamaConfig) -> Data:
     """Text, or tasks, or both (then the rows of both, and text to judge by)."""
     train, held_out, dev = [], None, {}
-    seq_len = a.seq_len or min(2048, config.max_position_embeddings)
+    limit = config.max_position_embeddings
+    seq_len = a.seq_len or min(2048, limit)
+    if not 2 <= seq_len <= limit:
+        raise ValueError(f"--seq-len {seq_len}: expected 2 to {limit} for this model")
     if a.text:
-        tokens = a.steps * a.batch_tokens if a.steps else 10**9
+        # So many that the held-out rows are the same for every number of steps.
+        tokens = max(655_360, a.steps * a.batch_tokens) + 65_536 if a.steps else 10**9
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a short text is read again: epochs
             rows, kept = mha2gqa.text_rows(
                 a.model, config, a.text, a.eval_text, tokens, seq_len, a.seed)
+        if not a.eval_text:
+            kept, rows = torch.cat([rows, kept]).tensor_split([len(kept)])
         train, held_out = [text_to_rows(rows)], text_to_rows(kept)
         say(f"text: {rows.numel():,} tokens to train on, {kept.numel():,} held out")
     if a.tasks:
@@ -796,6 +844,13 @@ class Run:
                 self.report["scores"][name] = judge(
                     make_model(), teacher, self.data, self.device, name)
             write_report(self.out, self.report)
+            free_memory()
+
+
+def free_memory() -> None:
+    """Let go of sharded models that nothing refers to: they refer to themselves."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def source_blocks(config, weights) -> Iterator[dict[str, Tensor]]:
@@ -829,7 +884,8 @@ def prepare(a: argparse.Namespace, report: dict, device, timed) -> Run:
     seq_len, n = data.train.tokens.shape[1], dist.get_world_size()
     size = max(1, a.batch_tokens // seq_len)
     if size % n:
-        raise ValueError(f"--batch-tokens: {size} rows a step cannot be shared by {n} processes")
+        raise ValueError(f"--batch-tokens: {size} rows a step cannot be shared by {n} processes; "
+                         f"choose a multiple of {seq_len * n}")
     steps = a.steps or math.ceil(a.epochs * len(data.train) / size)
     run = Run(a, device, config, new_config, weights, data, size, steps, report, timed)
     student, teacher = (sum(p.numel() for p in model.parameters())
@@ -855,30 +911,34 @@ def prepare(a: argparse.Namespace, report: dict, device, timed) -> Run:
 def prune(run: Run) -> None:
     """The whole run; the result is OUT/gqa, what was measured stands in the report."""
     config, new_config, outer = run.config, run.new_config, mha2gqa.outer_weights(run.weights)
-    tuned = teacher_weights(run)
-    teacher = run.frozen(config, source_blocks(config, tuned), mha2gqa.outer_weights(tuned))
+    teacher_config, tuned = teacher_weights(run)
+    teacher = run.frozen(
+        teacher_config, source_blocks(teacher_config, tuned), mha2gqa.outer_weights(tuned))
     run.score("source", teacher,
               lambda: run.frozen(config, source_blocks(config, run.weights), outer))
     if tuned is not run.weights:
         run.score("teacher", teacher, lambda: teacher)
     pooled = (mha2gqa.merge(w, config, run.a.kv_heads) for w in source_blocks(config, run.weights))
     run.score("mean-pool", teacher, lambda: run.frozen(new_config, pooled, outer))
-    student, masks = student_of(run, teacher)
-    parts = {"kl": KL, "bild": ANSWER}
-    run.train("prune", student, distillation(teacher), parts, run.steps, "checkpoints", masks)
-    if masks:
-        masks.hold(0.0, run.device)
-    if not as_first((run.out / "gqa").exists()):
+    result = run.out / "gqa"
+    if not as_first(result.exists()):
+        student, masks = student_of(run, teacher)
+        parts = {"kl": KL, "bild": ANSWER}
+        run.train("prune", student, distillation(teacher), parts, run.steps, "checkpoints", masks)
         with run.timed("write"):
-            save_model(run.out / "gqa", student, new_config, run.weights, run.a.model)
-    run.score("pruned", teacher, lambda: student)
+            save_model(result, student, new_config, run.weights, run.a.model)
+        del student, masks
+        free_memory()
+    _, weights = mha2gqa.load_checkpoint(result)
+    run.score("pruned", teacher, lambda: run.frozen(
+        new_config, source_blocks(new_config, weights), mha2gqa.outer_weights(weights)))
 
 
-def teacher_weights(run: Run) -> Mapping[str, Tensor]:
-    """Of --teacher, or of the source after SFT on the tasks (now or before); or the source's."""
+def teacher_weights(run: Run) -> tuple[mha2gqa.LlamaConfig, Mapping[str, Tensor]]:
+    """Config and weights of --teacher, or of the source, or of the source after SFT."""
     a, config = run.a, run.config
     if not (a.teacher or a.tasks and a.sft_epochs):
-        return run.weights
+        return config, run.weights
     folder = Path(a.teacher or run.out / "teacher")
     if not as_first(folder.exists()):
         model = shard(model_of(config), run.device, recompute=a.checkpoint_activations)
@@ -886,20 +946,20 @@ def teacher_weights(run: Run) -> Mapping[str, Tensor]:
         steps = math.ceil(a.sft_epochs * len(run.data.train) / run.size)
         run.train("fine-tune", model, cross_entropy, {"cross_entropy": ANSWER}, steps, "sft")
         save_model(folder, model, config, run.weights, a.model)
-        if is_first():
-            shutil.rmtree(run.out / "sft", ignore_errors=True)
+        del model
+        free_memory()
+    if is_first():
+        shutil.rmtree(run.out / "sft", ignore_errors=True)
     return load_teacher(folder, config)
 
 
-def load_teacher(folder, config) -> Mapping[str, Tensor]:
-    """The weights in a directory; raises ValueError if they are not of this config's shapes."""
+def load_teacher(folder, config) -> tuple[mha2gqa.LlamaConfig, Mapping[str, Tensor]]:
+    """A teacher's config and weights; raises ValueError if its vocabulary is of another size."""
     found, weights = mha2gqa.load_checkpoint(folder)
-    for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "intermediate_size"):
-        if getattr(found, name) != getattr(config, name):
-            raise ValueError(f"{folder}: {name} is {getattr(found, name)}, and the model's is "
-                             f"{getattr(config, name)}: it is not a teacher of the same shape")
-    return weights
+    if found.vocab_size != config.vocab_size:
+        raise ValueError(f"{folder}: its vocabulary has {found.vocab_size} tokens, the model's has "
+                         f"{config.vocab_size}: it cannot be the teacher")
+    return found, weights
 
 
 def student_of(run: Run, teacher: LossLlama) -> tuple[LossLlama, Masks | None]:
@@ -929,7 +989,8 @@ def write_report(out: Path, report: dict) -> None:
 def print_report(report: Mapping, out: str) -> None:
     """What a person wants to know of a report."""
     cache, columns = report["kv_cache_bytes_per_token"], list(report["scores"]["source"])
-    say(f"\n{'':<10}" + "".join(f"{name:>12}" for name in columns) + "  KV bytes/token")
+    say("\nHeld-out text in nats/token; shares of the tasks' exact answers.\n"
+        f"{'':<10}" + "".join(f"{name:>12}" for name in columns) + "  KV bytes/token")
     for name, scores in report["scores"].items():
         size = cache["source" if name in ("source", "teacher") else "pruned"]
         say(f"{name:<10}" + "".join(f"{scores[c]:12.4f}" for c in columns) + f"{size:16,}")
@@ -964,8 +1025,10 @@ def demo_source(device: torch.device) -> None:
     model = shard(model_of(config), device)
     fill_(model, source_blocks(config, weights), mha2gqa.outer_weights(weights))
     train("make the source", model, text_to_rows(rows), cross_entropy, {"cross_entropy": ANSWER},
-          400, 16, 3e-3, DEMO / "source", device, seed=0, save_every=0)
+          400, 16, 3e-3, DEMO / "pretraining", device, seed=0, save_every=0)
     save_model(DEMO / "source", model, config, weights, DEMO / "tokenizer")
+    if is_first():
+        shutil.rmtree(DEMO / "pretraining", ignore_errors=True)
 
 
 def save_tokenizer(folder: Path, texts: list[str]) -> None:
@@ -1058,20 +1121,22 @@ def claim(a: argparse.Namespace) -> dict:
             raise ValueError(f"{out}: holds a run with --{changed[0].replace('_', '-')} "
                              f"{before.get(changed[0])}, not {arguments[changed[0]]}; choose "
                              "another --out")
+        for half_written in (*out.glob(".gqa.*"), *out.glob(".teacher.*"), *out.glob(".source.*")):
+            shutil.rmtree(half_written)
         return report
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not a run of this program; choose another --out")
     return {"arguments": arguments, "scores": {}, "seconds": {}}
 
 
-def run(a: argparse.Namespace, device: torch.device) -> None:
+def start(a: argparse.Namespace, device: torch.device) -> None:
     """The demo, or the run that the arguments ask for, or the table of one that is finished."""
     demo = not a.model
     if demo:
         a = parse_arguments([
             "--model", f"{DEMO}/source", "--kv-heads", "2", "--out", str(DEMO), "--text",
             f"{DEMO}/text.jsonl", "--steps", "300", "--batch-tokens", "2048"])
-    out, report = Path(a.out), as_first(claim(a))
+    out, report = Path(a.out), as_first(together(lambda: claim(a) if is_first() else None))
     if "pruned" not in report["scores"]:
         seconds, timed = mha2gqa.stopwatch(device)
         seconds.update(report["seconds"])
@@ -1082,7 +1147,7 @@ def run(a: argparse.Namespace, device: torch.device) -> None:
                 write_report(out, report)
                 with timed("make the source"):
                     demo_source(device)
-            checked = prepare(a, report, device, timed)
+            checked = together(lambda: prepare(a, report, device, timed))
             write_report(out, report)
             prune(checked)
     print_report(report, a.out)
@@ -1090,19 +1155,24 @@ def run(a: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, with one line on stderr."""
-    a, device = parse_arguments(argv), start_processes()
+    a = parse_arguments(argv)
     try:
-        run(a, device)
+        start(a, start_processes())
     except (ValueError, OSError, FloatingPointError) as error:
         if is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} More processes, --checkpoint-activations or a "
+              "shorter --seq-len take less", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        say("interrupted: the same command continues where this one was, or from the newest "
-            "checkpoint")
+        if is_first():
+            print("interrupted: the same command continues", file=sys.stderr)
         return 130
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
