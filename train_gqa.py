@@ -745,14 +745,7 @@ def load_data(a: argparse.Namespace, config: mha2gqa.LlamaConfig) -> Data:
     if not 2 <= seq_len <= limit:
         raise ValueError(f"--seq-len {seq_len}: expected 2 to {limit} for this model")
     if a.text:
-        # So many that the held-out rows are the same for every number of steps.
-        tokens = max(655_360, a.steps * a.batch_tokens) + 65_536 if a.steps else 10**9
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a short text is read again: epochs
-            rows, kept = mha2gqa.text_rows(
-                a.model, config, a.text, a.eval_text, tokens, seq_len, a.seed)
-        if not a.eval_text:
-            kept, rows = torch.cat([rows, kept]).tensor_split([len(kept)])
+        rows, kept = split_text(a.model, config, a, seq_len)
         train, held_out = [text_to_rows(rows)], text_to_rows(kept)
         say(f"text: {rows.numel():,} tokens to train on, {kept.numel():,} held out")
     if a.tasks:
@@ -766,6 +759,19 @@ def load_data(a: argparse.Namespace, config: mha2gqa.LlamaConfig) -> Data:
                 coded += found
         train.append(pack_examples(coded, seq_len, a.seed))
     return Data(join_rows(train), held_out, dev)
+
+
+def split_text(model_dir, config, a, seq_len: int) -> tuple[Tensor, Tensor]:
+    """(rows to train on, rows held out) of a.text, these of a.eval_text if there is one."""
+    # So many that the held-out rows are the same for every number of steps.
+    tokens = max(655_360, a.steps * a.batch_tokens) + 65_536 if a.steps else 10**9
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a short text is read again: epochs
+        rows, kept = mha2gqa.text_rows(
+            model_dir, config, a.text, a.eval_text, tokens, seq_len, a.seed)
+    if not a.eval_text:  # the first rows, not the last, which would move with `tokens`
+        kept, rows = torch.cat([rows, kept]).tensor_split([len(kept)])
+    return rows, kept
 
 
 def encoded_tasks(a, config, seq_len: int) -> Iterator[tuple]:
@@ -1004,8 +1010,9 @@ def print_report(report: Mapping, out: str) -> None:
 DEMO = Path("mha2gqa-demo")
 
 
-def demo_source(device: torch.device) -> None:
-    """A small MHA LLaMA with a BPE tokenizer, trained a little on Python's own documentation."""
+def demo_source(a: argparse.Namespace, device: torch.device) -> None:
+    """A small MHA LLaMA with a BPE tokenizer, trained a little on Python's own documentation, the
+    demo's held-out rows excepted."""
     from pydoc_data.topics import topics
 
     if is_first():
@@ -1015,10 +1022,7 @@ def demo_source(device: torch.device) -> None:
     dist.barrier()
     config = mha2gqa.LlamaConfig(1024, 128, 344, 4, 8, max_position_embeddings=128,
                                  tie_word_embeddings=True, bos_token_id=0, eos_token_id=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all the text there is, whatever its length
-        rows, _ = mha2gqa.text_rows(
-            DEMO / "tokenizer", config, DEMO / "text.jsonl", tokens=10**6)
+    rows, _ = split_text(DEMO / "tokenizer", config, a, seq_len=128)
     torch.manual_seed(0)
     weights = {name: torch.ones(p.shape) if p.ndim == 1 else 0.04 * torch.randn(p.shape)
                for name, p in model_of(config).named_parameters()}
@@ -1065,7 +1069,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "again goes on from the newest checkpoint; the result is DIR/gqa")
     add("--text", nargs="+", default=(), metavar="FILE", help="text to train on, as mha2gqa.py's")
     add("--eval-text", nargs="+", default=(), metavar="FILE", help="held-out text; without it the "
-        "last 10%% of --text's tokens are held out, 65,536 at most")
+        "first 10%% of --text's rows are held out, 65,536 tokens at most")
     add("--tasks", metavar="DIR", help=f"folders of the public raw files of {', '.join(TASKS)}")
     add("--task-limit", type=int, metavar="N", help="only the first N examples of every file")
     add("--teacher", metavar="DIR", help="a fine-tuned source; without it the source is fine-tuned "
@@ -1146,7 +1150,7 @@ def start(a: argparse.Namespace, device: torch.device) -> None:
             if demo and not as_first((out / "source").exists()):
                 write_report(out, report)
                 with timed("make the source"):
-                    demo_source(device)
+                    demo_source(a, device)
             checked = together(lambda: prepare(a, report, device, timed))
             write_report(out, report)
             prune(checked)
