@@ -10,9 +10,12 @@ nothing to do with each other. But a head's basis is arbitrary: turn its values 
 projection back, turn its keys and its queries alike, and the model computes the same. So, after
 "Align Attention Heads Before Merging Them" (Jin et al. 2024, arXiv 2412.20677), this file
 
-    reads a checkpoint (1) into a LLaMA (2), watches keys and values on some text (3), finds the
-    rotations under which two heads agree best (4), puts heads that agree into groups (5), turns
-    them, averages them (6), and writes a plain GQA checkpoint, block by block (9).
+    reads a checkpoint (1) into a LLaMA (2), sums up keys and values on some text (3), finds the
+    maps under which heads agree best (4), puts heads that agree into groups (5), maps them,
+    averages them (6), and writes a plain GQA checkpoint, block by block (9).
+
+Rotations are the paper's maps. They are not all that leave the model unchanged: with `shared_keys`
+and `shared_values` (4) and a refit of the output projections (9) it goes one step further.
 
 Two things in one file for the trainer beside it: the masks (7) and the losses (8).
 
@@ -787,32 +790,36 @@ def key_gram(k_NKE: Tensor) -> Tensor:
     return z_PKN @ z_PKN.mH
 
 
-@contextlib.contextmanager
-def watched(block: "Block", config: LlamaConfig, metric: str) -> Iterator[dict[str, Tensor]]:
-    """Within the with block, sums the "key" and "value" Grams of all that runs through `block`.
+def block_grams(
+    config: LlamaConfig, weights: Mapping[str, Tensor], x_BTD: Tensor, metric: str
+) -> dict[str, Tensor]:
+    """What a block's alignment needs to know of the hidden states that enter it.
 
-    `metric` "cos" first brings every head's vector to length 1 (eq. 7, 8), "dist" does not.
-    Products of some thousand tokens are made in float32 at least, their sums in float64.
+    "key" and "value": the Grams of its heads. "query": Σ_n |q|² (K, P), the power that the query
+    heads of each unit have in each RoPE plane. `metric` "cos" first brings every head's key and
+    value vector to length 1 (eq. 7, 8), "dist" does not. Products of some thousand tokens are made
+    in float32 at least, their sums in float64.
     """
-    grams = {"key": 0, "value": 0}
+    grams = {"key": 0, "value": 0, "query": 0}
+    make = {"key": key_gram, "value": value_gram, "query": query_power}
+    for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
+        y_ND = rms_norm(rows, weights["input_layernorm.weight"].to(rows), config.rms_norm_eps)
+        for name in grams:
+            weight, bias = (weights.get(f"self_attn.{name[0]}_proj.{part}")
+                            for part in ("weight", "bias"))
+            y_NKE = F.linear(y_ND, weight.to(rows), None if bias is None else bias.to(rows))
+            y_NKE = wide(y_NKE).flatten(0, 1).unflatten(-1, (-1, config.head_dim))
+            if metric == "cos" and name != "query":
+                y_NKE = F.normalize(y_NKE, dim=-1)
+            gram = make[name](y_NKE)
+            grams[name] += gram.to(torch.promote_types(gram.dtype, torch.float64))
+    grams["query"] = grams["query"].unflatten(0, (config.num_key_value_heads, -1)).sum(1)
+    return grams
 
-    def add(name, gram, sum_dtype):
-        def hook(_module, _inputs, y):
-            y_NKE = wide(y).flatten(0, 1).unflatten(-1, (-1, config.head_dim))
-            y_NKE = F.normalize(y_NKE, dim=-1) if metric == "cos" else y_NKE
-            grams[name] = grams[name] + gram(y_NKE).to(sum_dtype)
 
-        return hook
-
-    hooks = (
-        block.self_attn.k_proj.register_forward_hook(add("key", key_gram, torch.complex128)),
-        block.self_attn.v_proj.register_forward_hook(add("value", value_gram, torch.float64)),
-    )
-    try:
-        yield grams
-    finally:
-        for hook in hooks:
-            hook.remove()
+def query_power(q_NHE: Tensor) -> Tensor:
+    """Σ_n |q|² (H, P) of each head in each RoPE plane."""
+    return sum(half.square().sum(0) for half in q_NHE.chunk(2, dim=-1))
 
 
 # ---- 4 alignment ---------------------------------------------------------------------------------
@@ -908,6 +915,82 @@ def turn_head(gram: Tensor, maps: Tensor, i: int) -> tuple[Tensor, Tensor]:
     turned = maps.clone()
     turned[..., i, :, :] = polar(onto)
     return turned, ((turned - maps)[..., i, :, :] * onto.conj()).sum((-1, -2)).real
+
+
+def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor]:
+    """The key that serves M heads best: (maps, weights, share of energy kept).
+
+    One step beyond a rotation: in a RoPE plane a key z_i may be scaled by any complex number c, if
+    its queries are scaled by 1/conj(c). So look for a shared key s with z_i ≈ a_i s, where an error
+    counts by the power p_i of the queries that read it: √p_i z_i ≈ u_i s, with u the leading
+    eigenvector of √p_i M_p[i, j] √p_j, and a_i = u_i/√p_i. Mapped by c_i = 1/a_i all keys estimate
+    s, and their mean with weights |u_i|² is the best estimate. s gets the heads' mean power.
+    gram: (…, P, M, M), power: (…, M, P); maps: (…, M, P) complex; weights: (…, M, P); share: (…).
+    """
+    root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max()).sqrt()
+    gram = root_PM[..., :, None] * gram_PMM * root_PM[..., None, :]
+    value_PM, vector_PMM = torch.linalg.eigh(gram)
+    u_PM = vector_PMM[..., -1]
+    u_PM = torch.polar(u_PM.abs().clamp(min=1e-4), (u_PM * u_PM[..., :1].conj()).angle())
+    power_P = gram_PMM.diagonal(dim1=-2, dim2=-1).real.mean(-1)
+    scale_P = (power_P / value_PM[..., -1].clamp(min=1e-300)).sqrt()
+    kept = value_PM[..., -1].sum(-1) / value_PM.sum((-1, -2))
+    return (scale_P[..., None] * root_PM / u_PM).mT, u_PM.abs().square().mT, kept
+
+
+def shared_values(gram_MMEE: Tensor, s_MEE: Tensor) -> tuple[Tensor, Tensor]:
+    """The value head that serves M heads best: (maps, weights, share of energy kept).
+
+    One step beyond a rotation: a value v_i may be mapped by any invertible matrix, if Wo takes the
+    inverse. An error in v_i costs what Wo makes of it, ‖S_i δv_i‖ with S_i = (Σ WoᵀWo)^½ over the
+    unit's query heads. So stack the S_i v_i and keep the best E dimensions, leading eigenvectors U
+    of their Gram: S_i v_i ≈ U_i s. Mapped by (S_i⁻¹ U_i)⁻¹ all values estimate s, and their mean
+    with matrix weights U_iᵀU_i is Σ U_iᵀ S_i v_i, the best estimate. Each dimension of s gets the
+    values' mean power, and s is turned to where the heads' own bases are. Row convention, as in
+    `transform`: v → v q. gram: (…, M, M, E, E); S, maps, weights: (…, M, E, E); share: (…).
+    """
+    m, e = s_MEE.shape[-3], s_MEE.shape[-1]
+    stacked = s_MEE[..., :, None, :, :] @ gram_MMEE @ s_MEE[..., None, :, :, :]
+    value_X, vector_XX = torch.linalg.eigh(stacked.transpose(-3, -2).flatten(-2).flatten(-3, -2))
+    u_MEE = vector_XX[..., -e:].unflatten(-2, (m, e))
+    power = gram_MMEE.diagonal(dim1=-4, dim2=-3).diagonal(dim1=-3, dim2=-2).mean((-1, -2))
+    kept_E = value_X[..., -e:]
+    scale_E = (power[..., None] / kept_E.clamp(min=1e-12 * kept_E.amax())).sqrt()
+    up_MEE = torch.linalg.inv(s_MEE) @ u_MEE / scale_E[..., None, None, :]
+    down_MEE = scale_E[..., None, :, None] * (u_MEE.mT @ s_MEE)  # s = Σ down v, v ≈ up s
+    turn_EE = polar(up_MEE.sum(-3))[..., None, :, :]
+    left, singular, right = torch.linalg.svd(up_MEE @ turn_EE.mT)
+    singular = singular.clamp(min=1e-6 * singular.amax())
+    up_MEE = (left * singular[..., None, :]) @ right
+    kept = kept_E.sum(-1) / value_X.sum(-1)
+    return torch.linalg.inv(up_MEE).mT, turn_EE @ down_MEE @ up_MEE, kept
+
+
+def output_root(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Tensor:
+    """S_i = (Σ WoᵀWo)^½ (K, E, E) over a unit's query heads: ‖S_i v‖ is what Wo makes of v."""
+    heads = (config.num_key_value_heads, -1, config.head_dim)
+    wo_KQED = weights["self_attn.o_proj.weight"].double().mT.unflatten(0, heads)
+    value, vector = torch.linalg.eigh((wo_KQED @ wo_KQED.mT).sum(1))
+    root = value.clamp(min=1e-12 * value.max()).sqrt()
+    return (vector * root[..., None, :]) @ vector.mT
+
+
+def discarded_energy(grams: Mapping[str, Tensor], s_KEE: Tensor) -> Tensor:
+    """What linear alignment loses when two heads share: (K, K), keys plus values.
+
+    The eigenvalues that `shared_keys` and `shared_values` do not keep; those of keys and of values
+    each divided by their mean over all pairs.
+    """
+    k, e = s_KEE.shape[:2]
+    pairs = torch.combinations(torch.arange(k))
+    i, j = pairs[:, :, None], pairs[:, None, :]
+    root = grams["query"].sqrt()[pairs].movedim(-1, 0)  # (P, pairs, 2)
+    keys = root[..., :, None] * grams["key"][:, i, j] * root[..., None, :]
+    values = (s_KEE[i] @ grams["value"][i, j] @ s_KEE[j]).transpose(-3, -2).flatten(3).flatten(1, 2)
+    lost = torch.linalg.eigvalsh(keys)[..., 0].sum(0), torch.linalg.eigvalsh(values)[:, :e].sum(1)
+    energy_KK = torch.zeros(k, k, dtype=torch.float64)
+    energy_KK[pairs[:, 0], pairs[:, 1]] = sum(x / x.mean().clamp(min=1e-300) for x in lost)
+    return energy_KK + energy_KK.mT
 
 
 def head_similarity(gram: Tensor, n_tokens: int, metric: str, rope: bool = False) -> Tensor:
@@ -1023,9 +1106,10 @@ def transform(
 ) -> dict[str, Tensor]:
     """A block's weights with its units in a new order and turned: the same function (eq. 12-17).
 
-    Maps are in the new order, None leaves heads as they are. Values v -> v q, hence Wv -> qᵀ Wv
-    and Wo -> Wo q, for an orthogonal q; keys and queries both z_p -> c_p z_p in plane p, for a
-    c_p of modulus 1. Attention weights come back in float64: only the last cast rounds.
+    Maps are in the new order, None leaves heads as they are. Values v -> v q for any invertible q,
+    hence Wv -> qᵀ Wv and Wo -> Wo q⁻ᵀ; keys z_p -> c_p z_p in plane p for any complex c_p but 0,
+    queries z_p -> z_p / conj(c_p). The paper's maps are the orthogonal q and c of modulus 1, their
+    own inverses turned back. Attention weights come back in float64: only the last cast rounds.
     """
     k, e, order = config.num_key_value_heads, config.head_dim, torch.as_tensor(order_K)
     out = dict(weights)
@@ -1038,28 +1122,43 @@ def transform(
         rows = weight.double().mT if by_columns else weight.double()
         w_KQED = rows.reshape(k, -1, e, rows.shape[1] if rows.ndim > 1 else 1)[order]
         if part[0] in "vo" and value_maps_KEE is not None:
-            w_KQED = value_maps_KEE.mT[:, None] @ w_KQED
+            by_v = part[0] == "v"
+            q_KEE = value_maps_KEE.mT if by_v else torch.linalg.inv(value_maps_KEE)
+            w_KQED = q_KEE[:, None] @ w_KQED
         if part[0] in "qk" and key_maps_KP is not None:
-            z_KQPD = torch.complex(*w_KQED.chunk(2, dim=2)) * key_maps_KP[:, None, :, None]
+            c_KP = key_maps_KP if part[0] == "k" else 1 / key_maps_KP.conj()
+            z_KQPD = torch.complex(*w_KQED.chunk(2, dim=2)) * c_KP[:, None, :, None]
             w_KQED = torch.cat([z_KQPD.real, z_KQPD.imag], dim=2)
         rows = w_KQED.reshape(rows.shape)
         out[name] = rows.mT.contiguous() if by_columns else rows
     return out
 
 
-def merge(weights: Mapping[str, Tensor], config: LlamaConfig, kv_heads: int) -> dict[str, Tensor]:
+def merge(
+    weights: Mapping[str, Tensor],
+    config: LlamaConfig,
+    kv_heads: int,
+    value_weights_KEE: Tensor | None = None,
+    key_weights_KP: Tensor | None = None,
+) -> dict[str, Tensor]:
     """A block with each run of K/G neighbouring key and value heads averaged into one (eq. 25, 26).
 
-    Of untouched weights this is the mean-pooling of Ainslie et al. 2023; of transformed ones, the
-    paper's. In float64 for the averaged tensors.
+    Of untouched weights this is the mean-pooling of Ainslie et al. 2023; of rotated ones, the
+    paper's; with weights, a matrix for values and a number for each plane of keys, what
+    `shared_values` and `shared_keys` ask for. In float64 for the averaged tensors.
     """
-    shape = (kv_heads, config.num_key_value_heads // kv_heads, config.head_dim)
-    return {
-        name: weight.double().unflatten(0, shape).mean(1).flatten(0, 1)
-        if name.startswith(("self_attn.k_proj.", "self_attn.v_proj."))
-        else weight
-        for name, weight in weights.items()
-    }
+    k, out = config.num_key_value_heads, dict(weights)
+    for name, weight in weights.items():
+        if not name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
+            continue
+        w_KED = weight.double().reshape(k, config.head_dim, -1)
+        if "k_proj" in name and key_weights_KP is not None:
+            w_KED = key_weights_KP.repeat(1, 2)[..., None] * w_KED * (k // kv_heads)
+        if "v_proj" in name and value_weights_KEE is not None:
+            w_KED = value_weights_KEE @ w_KED * (k // kv_heads)
+        merged = w_KED.unflatten(0, (kv_heads, -1)).mean(1)
+        out[name] = merged.reshape(-1, *weight.shape[1:])
+    return out
 
 
 # ---- 7 masks -------------------------------------------------------------------------------------
@@ -1129,49 +1228,67 @@ def bild_loss(
 # ---- 9 convert -----------------------------------------------------------------------------------
 
 CHOICES = {
-    "align": ("rotation", "none"),
-    "group": ("value", "key", "adjacent"),
+    "align": ("linear", "rotation", "none"),
+    "group": ("energy", "value", "key", "adjacent"),
     "metric": ("dist", "cos"),
 }
+GROUP_FOR = {"linear": "energy", "rotation": "value", "none": "adjacent"}
 
 
 def align_block(
     grams: Mapping[str, Tensor],
+    s_KEE: Tensor,
     n_tokens: int,
     kv_heads: int,
-    align: str = "rotation",
-    group: str = "value",
-    metric: str = "dist",
-    seed: int = 0,
-) -> tuple[list[list[int]], tuple[Tensor | None, Tensor | None], dict]:
-    """(groups, (value maps, key maps), similarity) of one block from its Grams.
+    align: str,
+    group: str,
+    metric: str,
+    seed: int,
+) -> tuple[list[list[int]], tuple, tuple, dict]:
+    """(groups, (value maps, key maps), (value weights, key weights), report) of one block.
 
-    grams: "value" (K, K, E, E) and "key" (P, K, K), summed over `n_tokens` with this `metric`.
-    The maps are for `transform`, in the order of the groups. similarity: for "key" and "value" the
-    mean over pairs inside groups, before and after.
+    grams: of `block_grams`, summed over `n_tokens` with this `metric`; s_KEE: `output_root`. Maps
+    are for `transform`, weights for `merge`, in the order of the groups. The report has the groups;
+    for keys and values the mean similarity of pairs inside groups, before and after, or with
+    "linear" the share of energy that the shared heads keep.
     """
     k = grams["value"].shape[0]
     groups = torch.arange(k).view(kv_heads, -1).tolist()
-    if group != "adjacent":
+    if group == "energy":
+        groups = anneal_groups(-discarded_energy(grams, s_KEE), kv_heads, seed)
+    elif group != "adjacent":
         s_KK = head_similarity(grams[group], n_tokens, metric, rope=group == "key")
         groups = anneal_groups(s_KK, kv_heads, seed)
     g_GM = torch.tensor(groups)
     i, j = g_GM[:, :, None], g_GM[:, None, :]
     value_GMMEE, key_GPMM = grams["value"][i, j], grams["key"][:, i, j].movedim(0, 1)
     value_maps = torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1)
-    key_maps = torch.ones_like(key_GPMM[..., 0])
-    similarities = {}
-    for when in ("before", "after"):
-        if when == "after" and align == "rotation":
+    key_maps = torch.ones_like(key_GPMM[..., 0]).mT
+    report, averages = {"groups": groups}, ()
+    if align == "linear":
+        value_maps, value_weights, value_kept = shared_values(value_GMMEE, s_KEE[g_GM])
+        key_maps, key_weights, key_kept = shared_keys(key_GPMM, grams["query"][g_GM])
+        averages = value_weights.flatten(0, 1), key_weights.flatten(0, 1)
+        report["energy_kept"] = {"key": key_kept.mean().item(), "value": value_kept.mean().item()}
+    else:
+        before = similarities(value_GMMEE, key_GPMM, value_maps, key_maps, n_tokens, metric)
+        if align == "rotation":
             value_maps, _ = generalized_procrustes(value_GMMEE)
-            key_maps, _ = generalized_procrustes(key_GPMM, rope=True)
-        value_GMM = inner_products(value_GMMEE, value_maps)
-        key_GMM = inner_products(key_GPMM.conj()[..., None, None], key_maps[..., None, None]).sum(1)
-        for name, inner_GMM in (("key", key_GMM), ("value", value_GMM)):
-            pairs = torch.triu_indices(*inner_GMM.shape[1:], offset=1)
-            s_GMM = similarity(inner_GMM, n_tokens, metric)
-            similarities.setdefault(name, {})[when] = s_GMM[:, pairs[0], pairs[1]].mean().item()
-    return groups, (value_maps.flatten(0, 1), key_maps.mT.flatten(0, 1)), similarities
+            key_maps = generalized_procrustes(key_GPMM, rope=True)[0].mT
+        after = similarities(value_GMMEE, key_GPMM, value_maps, key_maps, n_tokens, metric)
+        report["similarity_inside_groups"] = {
+            name: {"before": before[name], "after": after[name]} for name in before}
+    return groups, (value_maps.flatten(0, 1), key_maps.flatten(0, 1)), averages, report
+
+
+def similarities(value_GMMEE, key_GPMM, value_maps, key_maps, n_tokens, metric) -> dict[str, float]:
+    """Mean similarity of the mapped heads, over all pairs inside groups."""
+    key_maps = key_maps.mT[..., None, None]  # a head dim of one complex number
+    inner = {"key": inner_products(key_GPMM.conj()[..., None, None], key_maps).sum(1),
+             "value": inner_products(value_GMMEE, value_maps)}
+    i, j = torch.triu_indices(*inner["key"].shape[1:], offset=1)
+    return {name: similarity(inner_GMM, n_tokens, metric)[:, i, j].mean().item()
+            for name, inner_GMM in inner.items()}
 
 
 @torch.no_grad()
@@ -1183,7 +1300,8 @@ def convert(
     eval_text: PathLike | Sequence[PathLike] = (),
     tokens: int = 262_144,
     seq_len: int | None = None,
-    align: str = "rotation",
+    align: str = "linear",
+    refit: bool | None = None,
     group: str | None = None,
     metric: str = "dist",
     device: str = "auto",
@@ -1197,8 +1315,10 @@ def convert(
     One pass over the blocks: the calibration tokens of `text` (see `text_rows`) run through a
     block, its keys and values give Grams, heads are grouped, aligned and averaged, and the block
     is written; so memory is a block and the tokens' hidden states, however deep the model.
-    align: "rotation", or "none" for plain averages. group: by similarity of "value" or "key", or
-    "adjacent" heads (default: value, but adjacent with align "none"). metric: "dist" or "cos".
+    align: "linear", the best; "rotation", the paper's; "none", plain averages. refit: solve each
+    Wo anew (default: with "linear"). group: by the least discarded "energy", by similarity of
+    "value" or "key", or "adjacent" heads (default: energy, value, adjacent for the three ways to
+    align). metric of similarity: "dist" or "cos".
     `dtype` is the forward's; what is written has the source's. `log` is given the line that says
     what will be done; `dry_run` ends there, all checks made.
 
@@ -1206,7 +1326,8 @@ def convert(
     nats/token, sizes in bytes, times in seconds. It is there whole or not at all. Raises
     ValueError for bad input, before any work wherever it shows before; OSError if writing fails.
     """
-    group = group or ("adjacent" if align == "none" else "value")
+    refit = align == "linear" if refit is None else refit
+    group = group or GROUP_FOR.get(align)
     check_method(align, group, metric, seed)
     to = {"device": pick_device(device), "dtype": dtype}
     config, weights = load_checkpoint(model_dir)
@@ -1220,9 +1341,10 @@ def convert(
         report = {
             "source": str(Path(model_dir).resolve()),
             "text": {"calibration": str(text), "held_out": str(eval_text or text)},
-            "method": {"align": align, "group": group, "metric": metric, "seed": seed},
+            "method": {"align": align, "refit": refit, "group": group, "metric": metric,
+                       "seed": seed},
             "forward": {name: str(value) for name, value in to.items()},
-            **sizes(config, new_config, weights, rows, held_out, dtype),
+            **sizes(config, new_config, weights, rows, held_out, dtype, refit),
         }
         log(plan_line(report))
         if dry_run:
@@ -1247,14 +1369,13 @@ def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) 
     calibration, source_x = (embed(weights, tokens, to) for tokens in (rows, held_out))
     mean_pooled_x, converted_x = source_x.clone(), source_x.clone()
     new_config, layers = gqa_config(config, kv_heads), []
-    blocks = aligned_blocks(config, weights, calibration, kv_heads, **method, timed=timed)
-    for i, (source, aligned, layer) in enumerate(progress(blocks, config.num_hidden_layers)):
-        with timed("merge"):
-            mean_pooled, converted = (
-                {name: w.to(source[name].dtype) for name, w in merge(b, config, kv_heads).items()}
-                for b in (source, aligned)
-            )
-            check_finite(converted, f"converted {block_prefix(i)}")
+    blocks = converted_blocks(config, weights, calibration, kv_heads, **method, timed=timed)
+    for i, (source, _, converted, layer) in enumerate(progress(blocks, config.num_hidden_layers)):
+        mean_pooled, converted = (
+            {name: w.to(source[name].dtype) for name, w in block.items()}
+            for block in (merge(source, config, kv_heads), converted)
+        )
+        check_finite(converted, f"converted {block_prefix(i)}")
         with timed("evaluate"):
             run_block_(config, source, source_x)
             run_block_(new_config, mean_pooled, mean_pooled_x)
@@ -1269,32 +1390,37 @@ def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) 
         save_shard(folder, config, config.num_hidden_layers, outer_weights(weights))
     return {
         "loss_nats_per_token": losses,
-        "similarity_inside_groups": mean_similarity(layers),
+        **{name: mean(layer[name] for layer in layers)
+           for name in ("similarity_inside_groups", "energy_kept") if name in layers[0]},
         "seconds": {**seconds, "total": sum(seconds.values())},
         "layers": layers,
     }
 
 
-def aligned_blocks(
+def converted_blocks(
     config: LlamaConfig,
     weights: Mapping[str, Tensor],
     x_BTD: Tensor,
     kv_heads: int,
     align: str,
+    refit: bool,
     group: str,
     metric: str,
     seed: int,
     timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], dict]]:
-    """Walk the blocks once. Of each: (its weights, these aligned and in group order, its report).
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict]]:
+    """Walk the blocks once: (its weights, the same aligned and in group order, converted, report).
 
     `x_BTD` are the embedded calibration rows; they are moved on in place, block by block.
     """
+    if refit and len(x_BTD) < 2:
+        raise ValueError("a refit needs at least two rows of text to calibrate with")
+    new_config, converted_x = gqa_config(config, kv_heads), x_BTD.clone() if refit else None
     for i in range(config.num_hidden_layers):
         with timed("read"):
             source = read_block(weights, i, x_BTD.device)
         with timed("calibrate"):
-            grams = run_block_(config, source, x_BTD, metric)
+            grams = block_grams(config, source, x_BTD, metric)
         with timed("align"):
             # On the CPU: that is where hundreds of small SVDs are fast.
             grams = {name: gram.cpu() for name, gram in grams.items()}
@@ -1302,13 +1428,80 @@ def aligned_blocks(
                 if not torch.isfinite(gram.abs().sum()):
                     raise ValueError(f"block {i}: its {name}s on this text are not finite")
             n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
-            groups, maps, similarities = align_block(
-                grams, n_tokens, kv_heads, align, group, metric, seed + i
-            )
-        with timed("transform"):
+            groups, maps, averages, layer = align_block(
+                grams, output_root(config, source).cpu(), n_tokens, kv_heads, align, group, metric,
+                seed + i)
+        with timed("merge"):
             order = [unit for group_units in groups for unit in group_units]
             aligned = transform(source, config, order, *(q.to(x_BTD.device) for q in maps))
-        yield source, aligned, {"groups": groups, "similarity_inside_groups": similarities}
+            converted = merge(aligned, config, kv_heads, *(w.to(x_BTD.device) for w in averages))
+        if refit:
+            with timed("refit"):
+                fit = refit_grams_(config, new_config, source, converted, x_BTD, converted_x)
+                wo_DX, layer["refit"] = refit_output(converted["self_attn.o_proj.weight"], *fit)
+                converted["self_attn.o_proj.weight"] = wo_DX
+                run_block_(new_config, converted, converted_x)
+        else:
+            with timed("calibrate"):
+                run_block_(config, source, x_BTD)
+        yield source, aligned, converted, layer
+
+
+def refit_grams_(config, new_config, source, converted, x_BTD, converted_x_BTD) -> tuple:
+    """The least-squares problem of `refit_output`, twice: of most rows, and of the last fifth.
+
+    (Σ h hᵀ, Σ h rᵀ, Σ ‖r‖²), where h (H·E) goes into the converted block's Wo, and r (D) is what it
+    should add: the source's residual stream after attention minus the converted one before it.
+    x_BTD, the source's stream, is moved on in place; the converted one stays.
+    """
+    with torch.device("meta"):
+        blocks = Block(config), Block(new_config)
+    before_mlp, before_output = blocks[0].post_attention_layernorm, blocks[1].self_attn.o_proj
+    seen, sums = {}, ([0, 0, 0], [0, 0, 0])
+    for name, module in (("wanted", before_mlp), ("h", before_output)):
+        module.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
+    source, converted = ({name: w.to(x_BTD.dtype) for name, w in block.items()}
+                         for block in (source, converted))
+    rope, _ = rope_and_mask(config, x_BTD)
+    size, n_held_out = max(1, 4096 // x_BTD.shape[1]), max(1, len(x_BTD) // 5)
+    for start in range(0, len(x_BTD), size):
+        x, converted_x = x_BTD[start : start + size], converted_x_BTD[start : start + size]
+        x.copy_(torch.func.functional_call(blocks[0], source, (x, rope)))
+        torch.func.functional_call(blocks[1], converted, (converted_x, rope))
+        h_BTX, r_BTD = wide(seen["h"]), wide(seen["wanted"] - converted_x)
+        r_BTD = r_BTD - converted.get("self_attn.o_proj.bias", 0)
+        cut = max(0, len(x_BTD) - n_held_out - start)
+        for summed, rows in zip(sums, (slice(0, cut), slice(cut, None)), strict=True):
+            h_NX, r_ND = h_BTX[rows].flatten(0, 1), r_BTD[rows].flatten(0, 1)
+            for i, part in enumerate((h_NX.mT @ h_NX, h_NX.mT @ r_ND, r_ND.square().sum())):
+                summed[i] = summed[i] + part.double()
+    return sums
+
+
+def refit_output(wo_DX: Tensor, fitted: Sequence, held_out: Sequence) -> tuple[Tensor, dict]:
+    """Wo (D, H·E) with the least Σ ‖Wo h − r‖² + λ ‖Wo − Wo_old‖², and what it gained.
+
+    fitted, held_out: sums over tokens as `refit_grams_` gives them. λ is the best on the held-out
+    tokens of seven from 1e-6 to 1 times the mean of h², or infinite: the old Wo. Then all tokens
+    count. Reported are that λ's factor and the share of r² that is missed on the held-out tokens.
+    """
+    (hh, hr, _), (held_hh, held_hr, held_rr) = fitted, held_out
+    old_XD, eye = wo_DX.double().mT, torch.eye(len(hh), dtype=torch.float64, device=hh.device)
+
+    def solve(hh, hr, factor):
+        ridge = factor * hh.diagonal().mean()
+        return torch.linalg.solve(hh + ridge * eye, hr + ridge * old_XD)
+
+    def missed(w_XD):
+        return (((held_hh @ w_XD - 2 * held_hr) * w_XD).sum() / held_rr + 1).item()
+
+    tried = {factor: missed(solve(hh, hr, factor)) for factor in 10.0 ** np.arange(-6, 1)}
+    best, before = min(tried, key=tried.get), missed(old_XD)
+    if not tried[best] < before:
+        return wo_DX, {"ridge": None, "missed": {"before": before, "after": before}}
+    new_XD = solve(hh + held_hh, hr + held_hr, best)
+    return new_XD.mT.contiguous(), {"ridge": float(best),
+                                    "missed": {"before": before, "after": tried[best]}}
 
 
 def read_block(weights: Mapping[str, Tensor], i: int, device) -> dict[str, Tensor]:
@@ -1330,19 +1523,14 @@ def embed(weights: Mapping[str, Tensor], tokens_BT: Tensor, to: Mapping) -> Tens
     return F.embedding(tokens_BT, weights["model.embed_tokens.weight"]).to(**to)
 
 
-def run_block_(config, weights, x_BTD: Tensor, metric: str | None = None) -> Mapping[str, Tensor]:
-    """Replace the hidden states by what the block of these weights makes of them, rows in turn.
-
-    Returns the block's Grams if a metric is given (see `watched`).
-    """
+def run_block_(config: LlamaConfig, weights: Mapping[str, Tensor], x_BTD: Tensor) -> None:
+    """Replace the hidden states by what the block of these weights makes of them, rows in turn."""
     with torch.device("meta"):
         block = Block(config)
     weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}
     rope, _ = rope_and_mask(config, x_BTD)
-    with watched(block, config, metric) if metric else contextlib.nullcontext() as grams:
-        for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
-            rows.copy_(torch.func.functional_call(block, weights, (rows, rope), strict=True))
-    return grams
+    for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
+        rows.copy_(torch.func.functional_call(block, weights, (rows, rope), strict=True))
 
 
 def mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
@@ -1389,6 +1577,8 @@ def check_method(align: str, group: str, metric: str, seed: int) -> None:
     for name, value in (("align", align), ("group", group), ("metric", metric)):
         if value not in CHOICES[name]:
             raise ValueError(f"{name} {value!r}: expected {', '.join(CHOICES[name])}")
+    if metric == "cos" and (align == "linear" or group == "energy"):
+        raise ValueError("metric cos: linear alignment and groups by energy need dist")
     if seed < 0:
         raise ValueError(f"seed {seed}: expected 0 or more")
 
@@ -1418,22 +1608,25 @@ def converted_bytes(config: LlamaConfig, weights: Mapping[str, Tensor], kv_heads
     return n_bytes(weights.values()) - kv + kv * kv_heads // config.num_key_value_heads
 
 
-def memory_needed(config: LlamaConfig, n_calibration: int, n_held_out: int, dtype) -> int:
+def memory_needed(
+    config: LlamaConfig, n_calibration: int, n_held_out: int, dtype, refit: bool
+) -> int:
     """Bytes of anonymous memory at a conversion's peak, estimated from its largest parts."""
     d, inner, size = config.hidden_size, config.intermediate_size, dtype.itemsize
     kv, q = (n * config.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
     attention = 2 * d * (q + kv)
-    streams = (n_calibration + 3 * n_held_out) * d * size
+    streams = ((1 + refit) * n_calibration + 3 * n_held_out) * d * size
     block = 2 * (attention + 3 * d * inner) * size  # as read, and in the forward's dtype
     grams = 4 * kv * kv * 8  # the sum, a summand, the old sum, what is picked for the groups
     forward = min(4096, n_calibration) * (6 * d + 4 * inner) * size  # of so many tokens at once
     in_float64 = 3 * attention * 8  # while heads are turned and merged
+    grams += refit * (6 * q * q + 4 * q * d) * 8  # sums, a summand, the solution's copies
     head = config.vocab_size * (d * size + 3 * 1024 * 4)  # and logits of 1,024 tokens
     program = 300_000_000  # Python and torch themselves
     return program + streams + max(block + grams + max(forward, in_float64), head)
 
 
-def sizes(config, new_config, weights, rows, held_out, dtype) -> dict:
+def sizes(config, new_config, weights, rows, held_out, dtype, refit) -> dict:
     """The report's numbers that are known before any work: counts, and bytes."""
     models = {"source": config, "converted": new_config}
     return {
@@ -1442,7 +1635,8 @@ def sizes(config, new_config, weights, rows, held_out, dtype) -> dict:
         "kv_cache_bytes_per_token": {n: kv_cache_bytes(c, weights) for n, c in models.items()},
         "tokens": {"calibration": rows.numel(), "held_out": held_out.numel(),
                    "seq_len": rows.shape[1]},
-        "memory_estimate_bytes": memory_needed(config, rows.numel(), held_out.numel(), dtype),
+        "memory_estimate_bytes": memory_needed(
+            config, rows.numel(), held_out.numel(), dtype, refit),
         "disk_bytes": converted_bytes(config, weights, new_config.num_key_value_heads),
     }
 
@@ -1452,7 +1646,8 @@ def plan_line(report: Mapping) -> str:
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
-        f"(align {method['align']}, group {method['group']}, metric {method['metric']}); "
+        f"(align {method['align']}{', refit' * method['refit']}, group {method['group']}, metric "
+        f"{method['metric']}); "
         f"{tokens['calibration']:,} tokens to calibrate, {tokens['held_out']:,} held out, in rows "
         f"of {tokens['seq_len']:,}; about {report['memory_estimate_bytes'] / 1e9:.2g} GB of memory "
         f"({report['forward']['device']}) and {report['disk_bytes'] / 1e9:.2g} GB of disk"
@@ -1510,13 +1705,12 @@ def stopwatch(device: torch.device) -> tuple[dict, Callable]:
     return seconds, timed
 
 
-def mean_similarity(layers: list[dict]) -> dict:
-    """Similarity inside groups, before and after, averaged over the layers."""
-    found = [layer["similarity_inside_groups"] for layer in layers]
-    return {
-        name: {when: sum(s[name][when] for s in found) / len(found) for when in found[0][name]}
-        for name in found[0]
-    }
+def mean(found: Iterator):
+    """The mean of numbers, or of dicts of them, key by key."""
+    found = list(found)
+    if isinstance(found[0], dict):
+        return {name: mean(f[name] for f in found) for name in found[0]}
+    return sum(found) / len(found)
 
 
 def pick_device(name: str) -> torch.device:
@@ -1560,10 +1754,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="tokens to read of --text (default: %(default)s)")
     add("--seq-len", type=int, metavar="N",
         help="tokens a row (default: 2048, or the model's context if that is less)")
-    add("--align", choices=CHOICES["align"], default="rotation",
-        help="turn heads onto each other before they are averaged (default), or do not")
+    add("--align", choices=CHOICES["align"], default="linear",
+        help="how heads are made to agree before they are averaged: by any map that leaves "
+        "the model unchanged (linear, the default), by rotations (the paper), or not at all")
     add("--group", choices=CHOICES["group"],
-        help="group heads by this similarity (default: value, but adjacent with --align none)")
+        help="group heads by this: the least energy lost, similarity of values or keys, or none "
+        "(default: energy, value, adjacent for --align linear, rotation, none)")
+    add("--refit", action=argparse.BooleanOptionalAction, help="solve each output projection anew "
+        "(default: with --align linear)")
     add("--metric", choices=CHOICES["metric"], default="dist",
         help="similarity: minus the mean square distance (default), or the mean cosine")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -1589,9 +1787,14 @@ def print_table(report: Mapping, out: str) -> None:
     for name, value in loss.items():
         gap = "" if name == "source" else f"  {value - loss['source']:+8.4f}"
         print(f"  {name.replace('_', '-'):<12}{value:8.4f}{gap}")
-    print(f"similarity inside groups ({report['method']['metric']}), before and after alignment")
-    for name, s in report["similarity_inside_groups"].items():
-        print(f"  {name + 's':<12}{s['before']:8.4f} -> {s['after']:.4f}")
+    if "energy_kept" in report:
+        print("energy that the shared heads keep")
+        for name, share in report["energy_kept"].items():
+            print(f"  {name + 's':<12}{share:8.4f}")
+    else:
+        print(f"similarity inside groups ({report['method']['metric']}), before and after")
+        for name, s in report["similarity_inside_groups"].items():
+            print(f"  {name + 's':<12}{s['before']:8.4f} -> {s['after']:.4f}")
     print(f"KV cache, bytes a token\n  {cache['source']:,} -> {cache['converted']:,}")
     stages = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
     memory = (f"{n} {b / 1e9:.2f} GB" for n, b in report["peak_memory_bytes"].items() if b)

@@ -574,7 +574,7 @@ def test_grams_of_a_block_are_those_of_its_caches(metric):
     weights = random_weights(config, dtype=torch.float64)
     block = {n: w.double() for n, w in m.block_weights(weights, 0).items()}
     x_BTD = torch.randn(3, 20, 48, generator=torch.Generator().manual_seed(0)).double()
-    grams = m.run_block_(config, block, x_BTD.clone(), metric)
+    grams = m.block_grams(config, block, x_BTD, metric)
     normed = m.rms_norm(x_BTD, block["input_layernorm.weight"], 1e-5).flatten(0, 1)
     k, v = (F.linear(normed, block[f"self_attn.{p}.weight"], block[f"self_attn.{p}.bias"])
             for p in ("k_proj", "v_proj"))
@@ -586,6 +586,21 @@ def test_grams_of_a_block_are_those_of_its_caches(metric):
         for p in range(6):
             zi, zj = (torch.complex(y[:, p], y[:, p + 6]) for y in (ki, kj))
             torch.testing.assert_close(grams["key"][p, i, j], (zi * zj.conj()).sum())
+    q = F.linear(normed, block["self_attn.q_proj.weight"], block["self_attn.q_proj.bias"])
+    for i, p in itertools.product(range(4), range(6)):
+        wanted = q[:, 12 * i + p].square().sum() + q[:, 12 * i + p + 6].square().sum()
+        torch.testing.assert_close(grams["query"][i, p], wanted)
+
+
+def test_query_power_counts_all_that_read_a_unit():
+    config = config_of("gqa")
+    block = {n: w.double() for n, w in m.block_weights(random_weights(config), 0).items()}
+    x_BTD = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(0)).double()
+    normed = m.rms_norm(x_BTD, block["input_layernorm.weight"], 1e-5).flatten(0, 1)
+    q_NKQE = F.linear(normed, block["self_attn.q_proj.weight"]).unflatten(
+        1, (config.num_key_value_heads, -1, config.head_dim))
+    wanted = q_NKQE.square().sum((0, 2)).unflatten(1, (2, -1)).sum(1)
+    torch.testing.assert_close(m.block_grams(config, block, x_BTD, "dist")["query"], wanted)
 
 
 def test_keys_have_the_same_gram_before_and_after_rope():
@@ -850,25 +865,34 @@ def test_grouping_refuses():
 # ---- 6 transform and merge -----------------------------------------------------------------------
 
 
-def scrambled(config, weights, seed=0):
-    """The same model with its units shuffled and every one turned by random free maps."""
+def scrambled(config, weights, seed=0, linear=False):
+    """The same model with its units shuffled and every one turned by random free maps.
+
+    linear: not just turned, but values mapped by any matrices, planes of keys scaled, too.
+    """
     k, e = config.num_key_value_heads, config.head_dim
     out = m.outer_weights(weights)
     for i in range(config.num_hidden_layers):
         order = torch.randperm(k, generator=torch.Generator().manual_seed(seed + i)).tolist()
         maps = orthogonal(k, e, seed=seed + i), phases(k, e // 2, seed=seed + i)
+        if linear:
+            generator = torch.Generator().manual_seed(seed + i)
+            stretch_KE = 4 ** (2 * torch.rand(k, e, generator=generator).double() - 1)
+            size_KP = 4 ** (2 * torch.rand(k, e // 2, generator=generator).double() - 1)
+            maps = maps[0] @ (stretch_KE[..., None] * orthogonal(k, e, seed=-1)), size_KP * maps[1]
         block = m.transform(m.block_weights(weights, i), config, order, *maps)
         dtype = weights["model.norm.weight"].dtype
         out |= {m.block_prefix(i) + n: w.to(dtype) for n, w in block.items()}
     return out
 
 
+@pytest.mark.parametrize("linear", [False, True])
 @every_config
-def test_transformed_models_are_the_same_model(name):
+def test_transformed_models_are_the_same_model(name, linear):
     config = config_of(name)
     weights = random_weights(config, dtype=torch.float64)
     tokens = random_tokens(config, time=200)
-    turned = scrambled(config, weights)
+    turned = scrambled(config, weights, linear=linear)
     changed = [n for n in weights if not torch.equal(weights[n], turned[n])]
     assert {n.split(".")[-2] for n in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     difference = logits_of(config, weights, tokens) - logits_of(config, turned, tokens)
@@ -1028,12 +1052,32 @@ def test_alignment_beats_mean_pooling(trained, tmp_path, kv_heads):
     for group, metric in (("value", "dist"), ("value", "cos"), ("key", "dist"),
                           ("adjacent", "cos")):
         out = tmp_path / f"{group}-{metric}"
-        report = run(trained, "mha", out, kv_heads, group=group, metric=metric)
+        report = run(trained, "mha", out, kv_heads, align="rotation", group=group, metric=metric)
         loss = report["loss_nats_per_token"]
         assert loss["source"] < loss["converted"] < loss["mean_pooled"], (group, metric)
         for s in report["similarity_inside_groups"].values():
             assert s["before"] < s["after"]
         assert json.loads((out / "mha2gqa.json").read_text()) == report
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_linear_alignment_and_refit_beat_rotation(trained, tmp_path, kv_heads):
+    gap = {}
+    for align, refit in (("rotation", False), ("rotation", True), ("linear", False),
+                         ("linear", True)):
+        report = run(trained, "mha", tmp_path / f"{align}{refit}", kv_heads, align=align,
+                     refit=refit)
+        loss = report["loss_nats_per_token"]
+        gap[align, refit] = loss["converted"] - loss["source"]
+        for layer in report["layers"] if refit else ():
+            assert layer["refit"]["missed"]["after"] <= layer["refit"]["missed"]["before"]
+    assert 0 < gap["linear", True] < min(gap["linear", False], gap["rotation", True])
+    assert max(gap["linear", False], gap["rotation", True]) < gap["rotation", False]
+    assert run(trained, "mha", tmp_path / "default", kv_heads)["method"] == report["method"] == {
+        "align": "linear", "refit": True, "group": "energy", "metric": "dist", "seed": 0}
+    (_, source), (_, out) = (m.load_checkpoint(p) for p in (trained / "mha", tmp_path / "default"))
+    for name in out:
+        assert out[name].abs().max() < 10 * source[name].abs().max()
 
 
 def test_the_report_can_be_checked(trained, tmp_path):
@@ -1110,13 +1154,97 @@ def test_the_exact_oracle(trained, tmp_path, group, metric):
     config, weights = expand_to_mha(config, weights)
     m.save_checkpoint(tmp_path / "mha", config, scrambled(config, weights), trained / "gqa")
     text = [trained / "text.jsonl"]
-    report = m.convert(tmp_path / "mha", tmp_path / "out", 4, text, tokens=20_000, group=group,
-                       metric=metric)
+    report = m.convert(tmp_path / "mha", tmp_path / "out", 4, text, tokens=20_000,
+                       align="rotation", group=group, metric=metric)
     wanted = m.evaluate(trained / "gqa", text, tokens=20_000)["loss_nats_per_token"]
     loss = report["loss_nats_per_token"]
     assert loss["source"] == pytest.approx(wanted, abs=1e-4)
     assert loss["converted"] == pytest.approx(wanted, abs=1e-4)
     assert loss["mean_pooled"] > wanted + 0.1
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_exact_oracle_of_linear_alignment(trained, tmp_path, refit):
+    """Heads mapped by any matrices and scaled in every plane are found again; rotation cannot."""
+    config, weights = m.load_checkpoint(trained / "gqa")
+    config, weights = expand_to_mha(config, weights)
+    hidden = scrambled(config, weights, linear=True)
+    m.save_checkpoint(tmp_path / "mha", config, hidden, trained / "gqa")
+    text = [trained / "text.jsonl"]
+    loss, rotated = (
+        m.convert(tmp_path / "mha", tmp_path / align, 4, text, tokens=20_000, align=align,
+                  refit=refit)["loss_nats_per_token"] for align in ("linear", "rotation"))
+    assert loss["converted"] == pytest.approx(loss["source"], abs=1e-4)
+    assert rotated["converted"] > loss["source"] + 0.03
+
+
+def test_shared_heads_by_hand():
+    """The best shared head loses the smaller singular values, in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    z_NM = torch.randn(500, 2, generator=generator, dtype=torch.complex128)
+    z_NM[:, 1] = (2 - 1j) * z_NM[:, 0] + 0.3 * z_NM[:, 1]
+    power = torch.tensor([3.0, 0.5]).double()
+    maps_MP, weights_MP, kept = m.shared_keys((z_NM.T @ z_NM.conj())[None], power[:, None])
+    shared_N = (weights_MP[:, 0] * maps_MP[:, 0] * z_NM).sum(1)
+    found = (power * (z_NM - shared_N[:, None] / maps_MP[:, 0]).abs().square().sum(0)).sum()
+    energies = torch.linalg.svdvals(power.sqrt() * z_NM).square()  # Eckart and Young 1936
+    assert found == pytest.approx(energies[1].item(), rel=1e-6)
+    assert kept == pytest.approx((energies[0] / energies.sum()).item())
+    v_NME = torch.randn(500, 3, 4, generator=generator).double()
+    v_NME[:, 1] = v_NME[:, 0] @ torch.randn(4, 4, generator=generator).double() + 0.1 * v_NME[:, 1]
+    s_MEE = torch.randn(3, 4, 4, generator=generator).double()
+    s_MEE = s_MEE @ s_MEE.mT
+    maps, weights, kept = m.shared_values(torch.einsum("nie,njf->ijef", v_NME, v_NME), s_MEE)
+    shared_NE = torch.einsum("mef,mfg,nmg->ne", weights, maps.mT, v_NME)
+    errors = v_NME - torch.einsum("mfe,nf->nme", torch.linalg.inv(maps), shared_NE)
+    found = torch.einsum("mef,nmf->nme", s_MEE, errors).square().sum()
+    stacked = torch.einsum("mef,nmf->nme", s_MEE, v_NME).flatten(1)
+    energies = torch.linalg.svdvals(stacked).square()
+    assert found == pytest.approx(energies[4:].sum().item(), rel=1e-6)
+    assert kept == pytest.approx((energies[:4].sum() / energies.sum()).item())
+    assert torch.allclose(shared_NE.square().mean(), v_NME.square().mean())
+
+
+def test_discarded_energy_of_pairs_is_what_sharing_loses():
+    generator = torch.Generator().manual_seed(0)
+    z_PKN = torch.randn(3, 4, 99, generator=generator, dtype=torch.complex128)
+    v_NKE = torch.randn(99, 4, 6, generator=generator).double()
+    power_KP, s_KEE = torch.rand(4, 3, generator=generator).double(), orthogonal(4, 6)
+    s_KEE = s_KEE @ torch.diag(torch.arange(1.0, 7)).double() @ s_KEE.mT
+    grams = {"key": z_PKN @ z_PKN.mH, "value": m.value_gram(v_NKE), "query": power_KP}
+    lost = torch.zeros(2, 4, 4).double()
+    for i, j in itertools.combinations(range(4), 2):
+        for p in range(3):
+            z_2N = power_KP[[i, j], p, None].sqrt() * z_PKN[p, [i, j]]
+            lost[0, i, j] += torch.linalg.svdvals(z_2N)[1].square()
+        stacked = torch.cat([v_NKE[:, i] @ s_KEE[i], v_NKE[:, j] @ s_KEE[j]], 1)
+        lost[1, i, j] = torch.linalg.svdvals(stacked)[6:].square().sum()
+    wanted = sum(x / x.sum() * 6 for x in lost)
+    torch.testing.assert_close(m.discarded_energy(grams, s_KEE), wanted + wanted.T)
+
+
+def test_refit_is_ridge_regression():
+    """Against least squares on the tokens themselves; useless text leaves the old Wo."""
+    generator = torch.Generator().manual_seed(0)
+    h, wo, r = (torch.randn(*shape, generator=generator).double()
+                for shape in ((400, 8), (5, 8), (400, 5)))
+    r = h @ (wo + 0.3).T + 0.5 * r
+
+    def sums(rows):
+        return h[rows].T @ h[rows], h[rows].T @ r[rows], r[rows].square().sum()
+
+    found, report = m.refit_output(wo, sums(slice(0, 300)), sums(slice(300, None)))
+    ridge = report["ridge"] * h.square().sum() / 8
+    x = torch.cat([h, ridge.sqrt() * torch.eye(8).double()])
+    wanted = torch.linalg.lstsq(x, torch.cat([r, ridge.sqrt() * wo.T])).solution.T
+    torch.testing.assert_close(found, wanted)
+    before = (r[300:] - h[300:] @ wo.T).square().sum() / r[300:].square().sum()
+    assert report["missed"]["before"] == pytest.approx(before.item())
+    assert report["missed"]["after"] < before
+    r[300:] = h[300:] @ wo.T
+    r[:300] = torch.randn(300, 5, generator=generator)
+    same, report = m.refit_output(wo, sums(slice(0, 300)), sums(slice(300, None)))
+    assert report["ridge"] is None and same is wo
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -1170,8 +1298,8 @@ def test_similarities_in_the_report_are_those_of_the_caches(trained, tmp_path, m
     config, weights = m.load_checkpoint(trained / "mha")
     rows, _ = m.text_rows(trained / "mha", config, trained / "text.jsonl", tokens=20_000)
     x = m.embed(weights, rows, {"device": "cpu", "dtype": torch.float64})
-    walk = m.aligned_blocks(config, weights, x.clone(), 2, "rotation", "value", metric, 0)
-    source, aligned, layer = next(walk)
+    walk = m.converted_blocks(config, weights, x.clone(), 2, "rotation", False, "value", metric, 0)
+    source, aligned, _, layer = next(walk)
     normed = m.rms_norm(x, source["input_layernorm.weight"].double(), 1e-5).flatten(0, 1)
     order = sum(layer["groups"], [])
     for name, part in (("key", "k_proj"), ("value", "v_proj")):
@@ -1421,7 +1549,7 @@ def train_arguments(trained, out, *more):
     return [str(x) for x in (
         "--model", trained / "mha", "--kv-heads", "2", "--out", out, "--text",
         trained / "text.jsonl", "--steps", "20", "--batch-tokens", "512", "--save-every", "4",
-        "--lr", "1e-3", *more)]
+        "--lr", "1e-3", "--align", "rotation", *more)]
 
 
 def train_run(trained, out, *more, launch=(), check=True):

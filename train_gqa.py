@@ -866,24 +866,23 @@ def source_blocks(config, weights) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def student_blocks(run: Run) -> Iterator[dict[str, Tensor]]:
-    """The aligned source's blocks with new KV heads beside the old; without masks these alone."""
-    a, config, tokens = run.a, run.config, run.data.train.tokens
-    group = a.group or ("adjacent" if a.align == "none" else "value")
-    some = tokens[: max(1, a.calibration_tokens // tokens.shape[1])]
+    """The aligned source's blocks with new KV heads beside the old; without masks the converted."""
+    a, tokens = run.a, run.data.train.tokens
+    some = tokens[: max(2, a.calibration_tokens // tokens.shape[1])]
     x = mha2gqa.embed(run.weights, some, {"device": run.device, "dtype": torch.float32})
-    walk = mha2gqa.aligned_blocks(
-        config, run.weights, x, a.kv_heads, a.align, group, a.metric, a.seed)
-    for _, aligned, _ in progress(walk, "align", total=config.num_hidden_layers):
-        merged = mha2gqa.merge(aligned, config, a.kv_heads)
-        new = {name.replace("_proj.", "_proj.new."): w for name, w in merged.items()
+    walk = mha2gqa.converted_blocks(
+        run.config, run.weights, x, a.kv_heads, a.align, a.refit, a.group, a.metric, a.seed)
+    for _, aligned, converted, _ in progress(walk, "align", total=run.config.num_hidden_layers):
+        new = {name.replace("_proj.", "_proj.new."): w for name, w in converted.items()
                if "k_proj" in name or "v_proj" in name}
-        yield merged if a.no_masks else aligned | new
+        yield converted if a.no_masks else aligned | new
 
 
 def prepare(a: argparse.Namespace, report: dict, device, timed) -> Run:
     """Read all input and check it; says what will be done. Raises ValueError for what is wrong."""
     config, weights = mha2gqa.load_checkpoint(a.model)
     new_config = mha2gqa.gqa_config(config, a.kv_heads)
+    mha2gqa.check_method(a.align, a.group, a.metric, a.seed)
     if a.teacher:
         load_teacher(a.teacher, config)
     data = load_data(a, config)
@@ -1086,8 +1085,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "3e-3 at most")
     add("--mask-lr", type=float, help="of the masks' log alpha, constant; default: 1e-2 * max(1, "
         "10000/steps): the paper's, and more for shorter runs, so that a mask moves as far")
-    add("--no-masks", action="store_true", help="the new heads alone from the first step")
-    add("--align", choices=mha2gqa.CHOICES["align"], default="rotation", help="as mha2gqa.py's")
+    add("--no-masks", action="store_true", help="the new heads alone from the first step, as "
+        "always with --align linear or --refit, which change more than keys and values")
+    add("--align", choices=mha2gqa.CHOICES["align"], default="linear", help="as mha2gqa.py's")
+    add("--refit", action=argparse.BooleanOptionalAction, help="as mha2gqa.py's")
     add("--group", choices=mha2gqa.CHOICES["group"], help="as mha2gqa.py's")
     add("--metric", choices=mha2gqa.CHOICES["metric"], default="dist", help="as mha2gqa.py's")
     add("--calibration-tokens", type=int, default=262_144, metavar="N", help="default: 262,144")
@@ -1101,6 +1102,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if a != parser.parse_args([]) and not (
             a.model and a.out and a.kv_heads is not None and (a.text or a.tasks)):
         parser.error("a run needs --model, --kv-heads, --out, and --text or --tasks")
+    a.refit = a.align == "linear" if a.refit is None else a.refit
+    a.group = a.group or mha2gqa.GROUP_FOR[a.align]
+    a.no_masks = a.no_masks or a.refit or a.align == "linear"
     for name, value in vars(a).items():
         least = 0 if name in ("sft_epochs", "save_every", "seed") else 1e-12
         if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
