@@ -739,7 +739,7 @@ def text_rows(
 ) -> tuple[Tensor, Tensor]:
     """(calibration rows, held-out rows), both (rows, seq_len), of `tokens` tokens of the text.
 
-    Held out are the rows of `eval_text` or else the last 10 % of those read, and never more than
+    Held out are the rows of `eval_text` or else the first 10 % of those read, and never more than
     65,536 tokens. `seq_len` is min(2048, max_position_embeddings) unless given. With `eval_text`
     alone there are no calibration rows. Warns if the text is shorter than `tokens`; raises
     ValueError for bad files or too little text.
@@ -770,7 +770,7 @@ def text_rows(
         warnings.warn(f"{found}, not the {tokens:,} asked for: using those", stacklevel=2)
     if held_out is None:
         n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
-        calibration, held_out = calibration[:-n], calibration[-n:]
+        held_out, calibration = calibration[:n], calibration[n:]  # first: whatever `tokens` is
     return calibration, held_out
 
 
@@ -1749,7 +1749,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text", nargs="+", default=(), metavar="FILE", help="calibration text: .jsonl with a "
         '"text" field, or plain text; .gz and .xz of either')
     add("--eval-text", nargs="+", default=(), metavar="FILE", help="held-out text, of which at "
-        "most 65,536 tokens are used; without it the last 10%% of --text's tokens are held out")
+        "most 65,536 tokens are used; without it the first 10%% of --text's tokens are held out")
     add("--tokens", type=int, default=262_144, metavar="N",
         help="tokens to read of --text (default: %(default)s)")
     add("--seq-len", type=int, metavar="N",

@@ -767,11 +767,8 @@ def split_text(model_dir, config, a, seq_len: int) -> tuple[Tensor, Tensor]:
     tokens = max(655_360, a.steps * a.batch_tokens) + 65_536 if a.steps else 10**9
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a short text is read again: epochs
-        rows, kept = mha2gqa.text_rows(
+        return mha2gqa.text_rows(
             model_dir, config, a.text, a.eval_text, tokens, seq_len, a.seed)
-    if not a.eval_text:  # the first rows, not the last, which would move with `tokens`
-        kept, rows = torch.cat([rows, kept]).tensor_split([len(kept)])
-    return rows, kept
 
 
 def encoded_tasks(a, config, seq_len: int) -> Iterator[tuple]:
