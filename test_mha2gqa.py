@@ -550,7 +550,7 @@ def test_calibration_and_held_out_rows(tmp_path, topics, bpe):
                                  seq_len=32)
     assert (rows.shape, held_out.shape) == ((90, 32), (10, 32))
     everything = m.pack_rows(topics, m.load_tokenizer(bpe.parent), config, 3205, 32, seed=0)
-    assert torch.equal(torch.cat([rows, held_out]), everything)  # the last ones are held out
+    assert torch.equal(torch.cat([held_out, rows]), everything)  # the first ones are held out
     rows, held_out = m.text_rows(bpe.parent, config, [tmp_path / "a.jsonl"], [tmp_path / "b.txt"],
                                  tokens=32 * 100 + 5, seq_len=32)
     assert rows.shape == (100, 32) and not (rows[:, None] == held_out).all(-1).any()
@@ -1368,7 +1368,7 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     status, out, err = command(capfd, trained / "mha", tmp_path / "out", "--kv-heads", 4, *common)
     assert (status, err) == (0, "")  # no progress bar where there is no terminal
     plan, *table = out.splitlines()
-    assert re.match(r"2 blocks, 8 to 4 KV heads \(align rotation, group value, metric dist\); "
+    assert re.match(r"2 blocks, 8 to 4 KV heads \(align linear, refit, group energy, metric dist\); "
                     r"18,\d{3} tokens to calibrate, \d,\d{3} held out, in rows of 32; "
                     r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk", plan)
     report = json.loads((tmp_path / "out/mha2gqa.json").read_text())
