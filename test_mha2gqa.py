@@ -1368,7 +1368,8 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     status, out, err = command(capfd, trained / "mha", tmp_path / "out", "--kv-heads", 4, *common)
     assert (status, err) == (0, "")  # no progress bar where there is no terminal
     plan, *table = out.splitlines()
-    assert re.match(r"2 blocks, 8 to 4 KV heads \(align linear, refit, group energy, metric dist\); "
+    assert re.match(r"2 blocks, 8 to 4 KV heads "
+                    r"\(align linear, refit, group energy, metric dist\); "
                     r"18,\d{3} tokens to calibrate, \d,\d{3} held out, in rows of 32; "
                     r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk", plan)
     report = json.loads((tmp_path / "out/mha2gqa.json").read_text())
