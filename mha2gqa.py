@@ -982,14 +982,19 @@ def discarded_energy(grams: Mapping[str, Tensor], s_KEE: Tensor) -> Tensor:
     each divided by their mean over all pairs.
     """
     k, e = s_KEE.shape[:2]
-    pairs = torch.combinations(torch.arange(k))
-    i, j = pairs[:, :, None], pairs[:, None, :]
-    root = grams["query"].sqrt()[pairs].movedim(-1, 0)  # (P, pairs, 2)
-    keys = root[..., :, None] * grams["key"][:, i, j] * root[..., None, :]
-    values = (s_KEE[i] @ grams["value"][i, j] @ s_KEE[j]).transpose(-3, -2).flatten(3).flatten(1, 2)
-    lost = torch.linalg.eigvalsh(keys)[..., 0].sum(0), torch.linalg.eigvalsh(values)[:, :e].sum(1)
+    pairs, lost = torch.combinations(torch.arange(k)), []
+    for some in pairs.split(64):  # all at once would be a gigabyte
+        i, j = some[:, :, None], some[:, None, :]
+        root = grams["query"].sqrt()[some].movedim(-1, 0)  # (P, pairs, 2)
+        keys = root[..., :, None] * grams["key"][:, i, j] * root[..., None, :]
+        values = (s_KEE[i] @ grams["value"][i, j] @ s_KEE[j]).transpose(-3, -2)
+        values = values.flatten(3).flatten(1, 2)
+        lost.append(torch.stack([torch.linalg.eigvalsh(keys)[..., 0].sum(0),
+                                 torch.linalg.eigvalsh(values)[:, :e].sum(1)]))
+    lost = torch.cat(lost, dim=1)
+    lost = (lost / lost.mean(1, keepdim=True).clamp(min=1e-300)).sum(0)
     energy_KK = torch.zeros(k, k, dtype=torch.float64)
-    energy_KK[pairs[:, 0], pairs[:, 1]] = sum(x / x.mean().clamp(min=1e-300) for x in lost)
+    energy_KK[pairs[:, 0], pairs[:, 1]] = lost
     return energy_KK + energy_KK.mT
 
 
