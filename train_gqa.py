@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 train_gqa.py --model MODEL --kv-heads 8 --tasks DIR --out OUT
 
 The program around mha2gqa.py, after Jin et al. 2024 (arXiv 2412.20677). A teacher, the source
-fine-tuned on the tasks, watches a student: the source with its heads aligned, whose key and value
-heads fade into new shared ones under hard-concrete masks, while KL and BiLD keep its logits close.
+fine-tuned on the tasks, or the source itself, watches a student while KL and BiLD keep its logits
+close. The student starts as the converted model; or, the paper's way, as the source with its heads
+rotated, whose key and value heads fade into new shared ones under hard-concrete masks.
 
 Every batch and every mask is a pure function of (seed, step). So a run depends neither on how many
 processes share it nor on where it was interrupted: there is no loader state to save.
@@ -890,8 +891,8 @@ def prepare(a: argparse.Namespace, report: dict, device, timed) -> Run:
                          f"choose a multiple of {seq_len * n}")
     steps = a.steps or math.ceil(a.epochs * len(data.train) / size)
     run = Run(a, device, config, new_config, weights, data, size, steps, report, timed)
-    student, teacher = (sum(p.numel() for p in model.parameters())
-                        for model in (model_of(config, a.kv_heads), model_of(config)))
+    student, teacher = (sum(p.numel() for p in model.parameters()) for model in (
+        model_of(new_config) if a.no_masks else model_of(config, a.kv_heads), model_of(config)))
     kept = 3 * 12 if 0 < a.save_every < steps else 0  # two checkpoints, and one being written
     disk = next(path for path in (run.out, *run.out.absolute().parents) if path.exists())
     needed, free = (kept + 8) * student, shutil.disk_usage(disk).free
