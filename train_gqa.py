@@ -502,16 +502,6 @@ def shift_to(log_alpha: Tensor, target: float) -> float:
     return middle
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """From 0 over 32 steps (or a tenth of few), then a cosine to 0; times the flag's rate.
-
-    0 at step 0: there a student with open masks is its teacher, and its gradient rounding error,
-    which Adam would scale up to a full step.
-    """
-    warm_up = min(32, max(1, steps // 10))
-    return min(1.0, step / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
 def micro_batches(rows: Rows, device, tokens: int = 8192) -> Iterator[Rows]:
     """This process's rows of a batch, a few at a time; all processes get as many turns."""
     mine = rows[dist.get_rank() :: dist.get_world_size()]
@@ -551,14 +541,14 @@ def train(
                     f"{norm}; earlier checkpoints stay in {folder}; a new --out with a lower --lr "
                     "may do")
             for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate(step, steps)
+                group["lr"] = lr * mha2gqa.learning_rate(step, steps)
             optimizer.step()
             optimizer.zero_grad()
             if masks:
                 masks.step()
             record |= {
                 "loss": losses.sum().item(), **dict(zip(parts, losses.tolist(), strict=True)),
-                "lr": lr * learning_rate(step, steps), "gradient_norm": norm,
+                "lr": lr * mha2gqa.learning_rate(step, steps), "gradient_norm": norm,
                 "tokens_per_second": chosen.tokens.numel() / (time.perf_counter() - start)}
             if is_first():
                 with open(metrics, "a") as file:
