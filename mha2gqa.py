@@ -15,7 +15,8 @@ projection back, turn its keys and its queries alike, and the model computes the
     averages them (6), and writes a plain GQA checkpoint, block by block (9).
 
 Rotations are the paper's maps. They are not all that leave the model unchanged: with `shared_keys`
-and `shared_values` (4) and a refit of the output projections (9) it goes one step further.
+and `shared_values` (4) it goes one step further, and each block is then refitted, so that it leads
+to the source's hidden states (9).
 
 Two things in one file for the trainer beside it: the masks (7) and the losses (8).
 
@@ -1320,10 +1321,10 @@ def convert(
     One pass over the blocks: the calibration tokens of `text` (see `text_rows`) run through a
     block, its keys and values give Grams, heads are grouped, aligned and averaged, and the block
     is written; so memory is a block and the tokens' hidden states, however deep the model.
-    align: "linear", the best; "rotation", the paper's; "none", plain averages. refit: solve each
-    Wo anew (default: with "linear"). group: by the least discarded "energy", by similarity of
-    "value" or "key", or "adjacent" heads (default: energy, value, adjacent for the three ways to
-    align). metric of similarity: "dist" or "cos".
+    align: "linear", the best; "rotation", the paper's; "none", plain averages. refit: train each
+    block to lead to the source's hidden states, `refit_block` (default: with "linear"). group: by
+    the least discarded "energy", by similarity of "value" or "key", or "adjacent" heads (default:
+    energy, value, adjacent for the three ways to align). metric of similarity: "dist" or "cos".
     `dtype` is the forward's; what is written has the source's. `log` is given the line that says
     what will be done; `dry_run` ends there, all checks made.
 
@@ -1464,8 +1465,8 @@ def refit_block(
     x: hidden states of the converted model before the block; wanted: the source's after it. So a
     block learns to do without its own heads, and to mend what the blocks before it left wrong. What
     is missed: Σ ‖y − wanted‖² / Σ ‖wanted − x‖², the share of the wanted change that is not made.
-    Adam takes steps of some 2,048 tokens. A tenth of the rows is held out: if it gains nothing
-    there, the block stays as it was.
+    Adam takes steps of 1,024 tokens, or one row. A tenth of the rows is held out: if it gains
+    nothing there, the block stays as it was.
     """
     with torch.device("meta"):
         block = Block(config)
@@ -1482,7 +1483,7 @@ def refit_block(
     rate = {name: 0.4 * (w.square().mean() / w.shape[-1]).sqrt().item() for name, w in old.items()}
     adam = torch.optim.Adam([{"params": w, "lr": rate[name]} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15)
-    size, generator = max(1, 2048 // x_BTD.shape[1]), torch.Generator().manual_seed(seed)
+    size, generator = max(1, 1024 // x_BTD.shape[1]), torch.Generator().manual_seed(seed)
     held_out, rows = torch.arange(len(x_BTD)).tensor_split([max(1, len(x_BTD) // 10)])
     steps = epochs * math.ceil(len(rows) / size)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: learning_rate(step, steps))
@@ -1615,7 +1616,7 @@ def converted_bytes(config: LlamaConfig, weights: Mapping[str, Tensor], kv_heads
 
 
 def memory_needed(
-    config: LlamaConfig, n_calibration: int, n_held_out: int, dtype, refit: bool
+    config: LlamaConfig, n_calibration: int, n_held_out: int, seq_len: int, dtype, refit: bool
 ) -> int:
     """Bytes of anonymous memory at a conversion's peak, estimated from its largest parts."""
     d, inner, size = config.hidden_size, config.intermediate_size, dtype.itemsize
@@ -1628,7 +1629,7 @@ def memory_needed(
     in_float64 = 3 * attention * 8  # while heads are turned and merged
     # Weights, gradients and Adam's moments in float32; what a step's tokens leave for backward.
     refitted = 4 * 4 * (attention + 3 * d * inner)
-    refitted += min(2048, n_calibration) * (8 * d + 3 * (q + 2 * kv) + 5 * inner) * 4
+    refitted += min(max(1024, seq_len), n_calibration) * (8 * d + 3 * (q + 2 * kv) + 5 * inner) * 4
     head = config.vocab_size * (d * size + 3 * 1024 * 4)  # and logits of 1,024 tokens
     program = 300_000_000  # Python and torch themselves
     return program + streams + max(block + grams + max(forward, in_float64, refit * refitted), head)
@@ -1644,7 +1645,7 @@ def sizes(config, new_config, weights, rows, held_out, dtype, refit) -> dict:
         "tokens": {"calibration": rows.numel(), "held_out": held_out.numel(),
                    "seq_len": rows.shape[1]},
         "memory_estimate_bytes": memory_needed(
-            config, rows.numel(), held_out.numel(), dtype, refit),
+            config, rows.numel(), held_out.numel(), rows.shape[1], dtype, refit),
         "disk_bytes": converted_bytes(config, weights, new_config.num_key_value_heads),
     }
 
@@ -1768,8 +1769,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--group", choices=CHOICES["group"],
         help="group heads by this: the least energy lost, similarity of values or keys, or none "
         "(default: energy, value, adjacent for --align linear, rotation, none)")
-    add("--refit", action=argparse.BooleanOptionalAction, help="solve each output projection anew "
-        "(default: with --align linear)")
+    add("--refit", action=argparse.BooleanOptionalAction, help="train each block to lead to the "
+        "source's hidden states (default: with --align linear)")
     add("--metric", choices=CHOICES["metric"], default="dist",
         help="similarity: minus the mean square distance (default), or the mean cosine")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
