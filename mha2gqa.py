@@ -1316,11 +1316,12 @@ def convert(
     dry_run: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict:
-    """Convert a checkpoint directory to `kv_heads` KV heads, without training; returns the report.
+    """Convert a checkpoint directory to `kv_heads` KV heads; returns the report.
 
     One pass over the blocks: the calibration tokens of `text` (see `text_rows`) run through a
-    block, its keys and values give Grams, heads are grouped, aligned and averaged, and the block
-    is written; so memory is a block and the tokens' hidden states, however deep the model.
+    block, its keys and values give Grams, heads are grouped, aligned and averaged, the block is
+    refitted and written; so memory is a block and the tokens' hidden states, however deep the
+    model.
     align: "linear", the best; "rotation", the paper's; "none", plain averages. refit: train each
     block to lead to the source's hidden states, `refit_block` (default: with "linear"). group: by
     the least discarded "energy", by similarity of "value" or "key", or "adjacent" heads (default:
@@ -1342,8 +1343,9 @@ def convert(
     check_new_directory(Path(out_dir).resolve(), out_bytes)
     with peak_memory(to["device"]) as peak:
         rows, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
-        if not len(rows):
-            raise ValueError("no text to calibrate with")
+        if len(rows) < 1 + refit:
+            raise ValueError(f"{1 + refit} rows of {held_out.shape[1]} tokens of text are needed "
+                             f"to calibrate with, found {len(rows)}")
         report = {
             "source": str(Path(model_dir).resolve()),
             "text": {"calibration": str(text), "held_out": str(eval_text or text)},
@@ -1397,7 +1399,7 @@ def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) 
     return {
         "loss_nats_per_token": losses,
         **{name: mean(layer[name] for layer in layers)
-           for name in ("similarity_inside_groups", "energy_kept", "change_missed")
+           for name in ("similarity_inside_groups", "energy_kept", "hidden_state_error")
            if name in layers[0]},
         "seconds": {**seconds, "total": sum(seconds.values())},
         "layers": layers,
@@ -1446,12 +1448,13 @@ def converted_blocks(
             run_block_(config, source, x_BTD)
         if refit:
             with timed("refit"):
-                converted, layer["change_missed"] = refit_block(
+                converted, layer["hidden_state_error"] = refit_block(
                     new_config, converted, converted_x, x_BTD, seed + i)
                 run_block_(new_config, converted, converted_x)
         yield source, aligned, converted, layer
 
 
+@torch.no_grad()
 def refit_block(
     config: LlamaConfig,
     weights: Mapping[str, Tensor],
@@ -1460,42 +1463,42 @@ def refit_block(
     seed: int,
     epochs: int = 5,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A block's weights, trained to make `wanted` of x; and what it missed before and after.
+    """A block's weights, trained to make `wanted` of x; and its error before and after.
 
     x: hidden states of the converted model before the block; wanted: the source's after it. So a
-    block learns to do without its own heads, and to mend what the blocks before it left wrong. What
-    is missed: Σ ‖y − wanted‖² / Σ ‖wanted − x‖², the share of the wanted change that is not made.
-    Adam takes steps of 1,024 tokens, or one row. A tenth of the rows is held out: if it gains
-    nothing there, the block stays as it was.
+    block learns to do without its own heads, and to mend what the blocks before it left wrong. The
+    error is the mean of ‖y − wanted‖² / ‖wanted‖² over tokens, as the next norm sees it: a few
+    tokens of many a LLaMA are a thousand times longer than the rest. Adam takes steps of at most
+    1,024 tokens, or one row. A tenth of the rows is held out: if the error does not fall there, the
+    block stays as it was.
     """
     with torch.device("meta"):
-        block = Block(config)
+        block_of = functools.partial(torch.func.functional_call, Block(config))
     rope, _ = rope_and_mask(config, wide(x_BTD[:1]))
 
-    def missed(weights, rows):
-        x, wanted = wide(x_BTD[rows]), wide(wanted_BTD[rows])
-        y = torch.func.functional_call(block, weights, (x, rope))
-        return (y - wanted).square().sum() / (wanted - x).square().sum().clamp(min=1e-30)
+    def error(weights, rows):
+        y, wanted = block_of(weights, (wide(x_BTD[rows]), rope)), wide(wanted_BTD[rows])
+        length = wanted.square().sum(-1).clamp(min=1e-30)
+        return ((y - wanted).square().sum(-1) / length).mean()
 
     old = {name: w.to(wide(x_BTD[:0]).dtype) for name, w in weights.items()}
     new = {name: w.clone().requires_grad_() for name, w in old.items()}
-    # Steps in which a matrix changes what it makes of its input by the same share at any width.
+    # Steps that change what a matrix makes of its input by the same share at any width.
     rate = {name: 0.4 * (w.square().mean() / w.shape[-1]).sqrt().item() for name, w in old.items()}
-    adam = torch.optim.Adam([{"params": w, "lr": rate[name]} for name, w in new.items()],
+    adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15)
     size, generator = max(1, 1024 // x_BTD.shape[1]), torch.Generator().manual_seed(seed)
     held_out, rows = torch.arange(len(x_BTD)).tensor_split([max(1, len(x_BTD) // 10)])
-    steps = epochs * math.ceil(len(rows) / size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: learning_rate(step, steps))
-    for _ in range(epochs):
-        for some in rows[torch.randperm(len(rows), generator=generator)].split(size):
-            with torch.enable_grad():
-                missed(new, some).backward()
-            adam.step()
-            schedule.step()
-            adam.zero_grad()
-    before, after = (mean(missed(w, some).item() for some in held_out.split(size))
-                     for w in (old, new))
+    batches = [some for _ in range(epochs)
+               for some in rows[torch.randperm(len(rows), generator=generator)].split(size)]
+    for step, some in enumerate(batches):
+        with torch.enable_grad():
+            error(new, some).backward()
+        for group in adam.param_groups:
+            group["lr"] = rate[group["name"]] * learning_rate(step, len(batches))
+        adam.step()
+        adam.zero_grad()
+    before, after = (mean(error(w, row[None]).item() for row in held_out) for w in (old, new))
     if not after < before:
         return dict(weights), {"before": before, "after": before}
     return {name: w.detach() for name, w in new.items()}, {"before": before, "after": after}
@@ -1749,7 +1752,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="mha2gqa.py",
         usage="mha2gqa.py MODEL OUT --kv-heads G --text FILE ... [options]\n"
         "       mha2gqa.py --evaluate MODEL --text FILE ... [options]",
-        description="Convert a LLaMA checkpoint to grouped-query attention, without training.",
+        description="Convert a LLaMA checkpoint to grouped-query attention, block by block.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face directory to convert, or to --evaluate")
@@ -1804,10 +1807,10 @@ def print_table(report: Mapping, out: str) -> None:
         print(f"similarity inside groups ({report['method']['metric']}), before and after")
         for name, s in report["similarity_inside_groups"].items():
             print(f"  {name + 's':<12}{s['before']:8.4f} -> {s['after']:.4f}")
-    if "change_missed" in report:
-        missed = report["change_missed"]
-        print("share of its change of the hidden states that a block misses, before and after refit"
-              f"\n  {'mean':<12}{missed['before']:8.4f} -> {missed['after']:.4f}")
+    if "hidden_state_error" in report:
+        error = report["hidden_state_error"]
+        print("square error of a block's hidden states, before and after its refit\n"
+              f"  {'mean':<12}{error['before']:8.4f} -> {error['after']:.4f}")
     print(f"KV cache, bytes a token\n  {cache['source']:,} -> {cache['converted']:,}")
     stages = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
     memory = (f"{n} {b / 1e9:.2f} GB" for n, b in report["peak_memory_bytes"].items() if b)

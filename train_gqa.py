@@ -808,24 +808,24 @@ class Run:
     def out(self) -> Path:
         return Path(self.a.out)
 
-    def rates(self, name: str, steps: int) -> tuple[float, float]:
-        """Learning rates of model and masks for a stage, "prune" or "fine-tune", of so many steps.
+    def rates(self, steps: int) -> tuple[float, float]:
+        """Learning rates of model and masks for a training of so many steps.
 
         The paper's, 1e-5 and 1e-2, are for a model 4,096 wide and some 10,000 steps; narrower ones
         and shorter runs want more: 1e-5 · 4096/D · √(10⁴/steps), 3e-3 at most, and
-        1e-2 · 10⁴/steps, so that a mask can move as far. A refitted student is so near its teacher
-        that such steps would lead it away: an eighth.
+        1e-2 · 10⁴/steps, so that a mask can move as far. A refitted student whose teacher is the
+        source starts so near it that such steps would lead away: an eighth.
         """
         short = max(1.0, 10_000 / steps)
         lr = min(3e-3, 1e-5 * max(1.0, 4096 / self.config.hidden_size) * short**0.5)
-        lr /= 8 if self.a.refit and name == "prune" else 1
+        lr /= 8 if self.a.refit and not (self.a.tasks or self.a.teacher) else 1
         return self.a.lr or lr, self.a.mask_lr or 1e-2 * short
 
     def train(self, name, model, objective, parts, steps: int, folder: str, masks=None) -> None:
         """`train` as the arguments say, with checkpoints in OUT/folder."""
         with self.timed(name):
             train(name, model, self.data.train, objective, parts, steps, self.size,
-                  self.rates(name, steps)[0], self.out / folder, self.device, self.a.seed,
+                  self.rates(steps)[0], self.out / folder, self.device, self.a.seed,
                   self.a.save_every, masks)
 
     def frozen(self, config, blocks, outer) -> LossLlama:
@@ -891,7 +891,7 @@ def prepare(a: argparse.Namespace, report: dict, device, timed) -> Run:
     if free < needed and not report["scores"]:
         raise ValueError(f"{a.out}: checkpoints and models need {needed:,} bytes, {free:,} are free"
                          " on the disk")
-    lr, mask_lr = run.rates("prune", steps)
+    lr, mask_lr = run.rates(steps)
     memory = (16 * student + compute_dtype(device).itemsize * teacher) / n
     say(f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {a.kv_heads} KV heads;"
         f" {steps} steps of {size} rows of {seq_len} tokens, learning rate {lr:.1e}"
@@ -962,8 +962,7 @@ def student_of(run: Run, teacher: LossLlama) -> tuple[LossLlama, Masks | None]:
     a = run.a
     model = model_of(run.new_config) if a.no_masks else model_of(run.config, a.kv_heads)
     shard(model, run.device, recompute=a.checkpoint_activations)
-    _, mask_lr = run.rates("prune", run.steps)
-    masks = None if a.no_masks else Masks(model, run.steps, mask_lr, a.seed)
+    masks = None if a.no_masks else Masks(model, run.steps, run.rates(run.steps)[1], a.seed)
     if not as_first(checkpoints(run.out / "checkpoints")):
         with run.timed("align"):
             fill_(model, student_blocks(run), mha2gqa.outer_weights(run.weights))
@@ -1073,7 +1072,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="of fine-tuning and pruning, after 32 steps of warm-up, then down "
         "to 0 in a cosine; default: 1e-5 * max(1, 4096/hidden_size) * sqrt(max(1, 10000/steps)): "
         "the paper's rate for its model and length, more for narrower models and shorter runs, "
-        "3e-3 at most; pruning with --refit, which starts near its end: an eighth of that")
+        "3e-3 at most; an eighth of it with --refit if the source is the teacher, which is near")
     add("--mask-lr", type=float, help="of the masks' log alpha, constant; default: 1e-2 * max(1, "
         "10000/steps): the paper's, and more for shorter runs, so that a mask moves as far")
     add("--no-masks", action="store_true", help="the new heads alone from the first step, as "
