@@ -1630,8 +1630,8 @@ def memory_needed(
     grams = 4 * kv * kv * 8  # the sum, a summand, the old sum, what is picked for the groups
     forward = min(4096, n_calibration) * (6 * d + 4 * inner) * size  # of so many tokens at once
     in_float64 = 3 * attention * 8  # while heads are turned and merged
-    # Weights, gradients and Adam's moments in float32; what a step's tokens leave for backward.
-    refitted = 4 * 4 * (attention + 3 * d * inner)
+    # Old and new weights, gradients and Adam's moments; what a step's tokens leave for backward.
+    refitted = 5 * 4 * (attention + 3 * d * inner)
     refitted += min(max(1024, seq_len), n_calibration) * (8 * d + 3 * (q + 2 * kv) + 5 * inner) * 4
     head = config.vocab_size * (d * size + 3 * 1024 * 4)  # and logits of 1,024 tokens
     program = 300_000_000  # Python and torch themselves
