@@ -1116,6 +1116,8 @@ def test_without_alignment_it_is_mean_pooling_of_neighbours(trained, tmp_path):
     name = "model.layers.1.self_attn.k_proj.weight"
     wanted = source[name].view(2, 4, 16, 64).mean(1).flatten(0, 1)
     torch.testing.assert_close(pooled[name], wanted)
+    others = {n: w for n, w in source.items() if ".k_proj." not in n and ".v_proj." not in n}
+    assert same_weights(others, {n: pooled[n] for n in others})
 
 
 @pytest.mark.parametrize("source, kv_heads", [("mha", 4), ("mha", 1), ("gqa", 2), ("gqa", 1)])
@@ -1265,6 +1267,20 @@ def test_refit_brings_a_block_back(dtype, longest):
     assert same_weights(found, again)
 
 
+def test_refit_errors_in_the_report_are_those_of_the_written_model(trained, tmp_path):
+    report = run(trained, "mha", tmp_path / "out", 2)
+    config, source = m.load_checkpoint(trained / "mha")
+    new_config, out = m.load_checkpoint(tmp_path / "out")
+    rows, _ = m.text_rows(trained / "mha", config, [trained / "text.jsonl"], tokens=20_000)
+    x = m.embed(source, rows[: len(rows) // 10], {"dtype": torch.float32})
+    converted_x = x.clone()
+    for i, layer in enumerate(report["layers"]):
+        x = block_of(config, m.block_weights(source, i), x)
+        converted_x = block_of(new_config, m.block_weights(out, i), converted_x)
+        error = ((converted_x - x).square().sum(-1) / x.square().sum(-1)).mean().item()
+        assert layer["hidden_state_error"]["after"] == pytest.approx(error, rel=1e-3)
+
+
 def test_refit_lets_a_block_stay():
     """One that is right on the held-out rows, whatever the others say; one of zeros."""
     config = config_of()
@@ -1406,6 +1422,8 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     converted = report["loss_nats_per_token"]["converted"]
     assert re.search(rf"converted +{converted:.4f} +\+\d\.\d{{4}}", "\n".join(table))
     assert "  2,048 -> 1,024" in table
+    error = report["hidden_state_error"]
+    assert f"  mean          {error['before']:.4f} -> {error['after']:.4f}" in table
     status, out, err = command(capfd, "--evaluate", tmp_path / "out", *common)
     held_out = report["tokens"]["held_out"]
     assert out == f"held-out loss {converted:.4f} nats/token, {held_out:,} tokens\n"
@@ -1979,3 +1997,18 @@ def test_masks_are_shifted_onto_their_target(target):
     log_alpha = 3 * torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     shifted = log_alpha + train_gqa.shift_to(log_alpha, target)
     assert abs(m.open_probability(shifted).mean() - target) <= 0.0051
+
+
+def test_rates_by_width_length_and_start():
+    def rates(steps, width, **arguments):
+        a = types.SimpleNamespace(**{"lr": None, "mask_lr": None, "refit": False, "tasks": None,
+                                     "teacher": None, **arguments})
+        config = types.SimpleNamespace(hidden_size=width)
+        return train_gqa.Run.rates(types.SimpleNamespace(a=a, config=config), steps)
+
+    assert rates(20_000, 4096) == pytest.approx((1e-5, 1e-2))  # the paper's
+    assert rates(100, 1024) == pytest.approx((4e-4, 1.0))
+    assert rates(100, 1024, refit=True) == pytest.approx((5e-5, 1.0))
+    assert rates(100, 1024, refit=True, tasks="DIR") == pytest.approx((4e-4, 1.0))
+    assert rates(1, 64) == pytest.approx((3e-3, 100.0))
+    assert rates(100, 1024, refit=True, lr=0.1) == pytest.approx((0.1, 1.0))
