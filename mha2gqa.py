@@ -1467,10 +1467,10 @@ def refit_block(
 
     x: hidden states of the converted model before the block; wanted: the source's after it. So a
     block learns to do without its own heads, and to mend what the blocks before it left wrong. The
-    error is the mean of ‖y − wanted‖² / ‖wanted‖² over tokens, as the next norm sees it: a few
-    tokens of many a LLaMA are a thousand times longer than the rest. Adam takes steps of at most
-    1,024 tokens, or one row. A tenth of the rows is held out: if the error does not fall there, the
-    block stays as it was.
+    error is the mean of ‖y − wanted‖² / ‖wanted‖² over tokens, as the next norm sees it; or else
+    the few tokens of large models that are a thousand times longer than the rest would count alone.
+    Adam takes steps of at most 1,024 tokens, or one row. A tenth of the rows is held out: if the
+    error does not fall there, the block stays as it was.
     """
     with torch.device("meta"):
         block_of = functools.partial(torch.func.functional_call, Block(config))
