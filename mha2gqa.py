@@ -115,6 +115,7 @@ class LlamaConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
             check_type(name, getattr(self, name), int)
+        check_type("num_attention_heads * head_dim", self.num_attention_heads * self.head_dim, int)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide "
@@ -273,12 +274,13 @@ def indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: expected a weight_map of names to files")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
+    for name in weight_map.values():
         # By name, not by resolved path: a hub cache is full of honest symbolic links.
+        if not isinstance(name, str) or name in ("", "..") or "\0" in name:
+            raise ValueError(f"{index}: {name!r} is not the name of a file")
         if Path(name).name != name:
             raise ValueError(f"{index}: {name!r} is outside the directory")
-    return [index.with_name(name) for name in names]
+    return [index.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -426,8 +428,11 @@ def write_json(file: Path, value) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_new_directory(path: Path, size: int) -> None:
-    """Raise ValueError unless a directory of `size` bytes can be made at `path` (resolved)."""
+def check_new_directory(path: PathLike, size: int) -> Path:
+    """`path` without links; ValueError unless a directory of `size` bytes can be made there."""
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():  # still: it leads back to itself
+        raise ValueError(f"{path}: a link to itself; choose another one")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: exists and is not an empty directory; choose another one")
     if path.is_mount() or path == Path.cwd():
@@ -437,6 +442,7 @@ def check_new_directory(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise ValueError(f"{path.parent}: {size:,} bytes are needed, {free:,} are free on the disk")
+    return path
 
 
 @contextlib.contextmanager
@@ -445,9 +451,8 @@ def new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
 
     Raises ValueError as `check_new_directory` says.
     """
-    path = Path(path).resolve()
-    check_new_directory(path, size)
-    temporary = path.with_name(f".{path.name}.{time.time_ns():x}")
+    path = check_new_directory(path, size)
+    temporary = path.with_name(f".mha2gqa-{time.time_ns():x}")
     try:
         temporary.mkdir()  # within the try: a signal can come the moment it returns
         yield temporary
@@ -677,7 +682,14 @@ def from_tokenizer_json(file: Path) -> Callable[[list[str]], list[list[int]]]:
     # subtle: a tokenizer.json may have been saved with a truncation to a few hundred tokens.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+    def encode(texts):
+        try:
+            return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        except Exception as error:
+            raise ValueError(f"{file}: cannot encode the text ({error})") from None
+
+    return encode
 
 
 def from_tokenizer_model(file: Path, config_file: Path) -> Callable[[list[str]], list[list[int]]]:
@@ -771,7 +783,7 @@ def text_rows(
         warnings.warn(f"{found}, not the {tokens:,} asked for: using those", stacklevel=2)
     if held_out is None:
         n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
-        held_out, calibration = calibration[:n], calibration[n:]  # first: whatever `tokens` is
+        held_out, calibration = calibration[:n], calibration[n:]  # first: more tokens add to them
     return calibration, held_out
 
 
@@ -791,6 +803,11 @@ def key_gram(k_NKE: Tensor) -> Tensor:
     return z_PKN @ z_PKN.mH
 
 
+def query_power(q_NHE: Tensor) -> Tensor:
+    """Σ_n |q|² (H, P) of each head in each RoPE plane."""
+    return sum(half.square().sum(0) for half in q_NHE.chunk(2, dim=-1))
+
+
 def block_grams(
     config: LlamaConfig, weights: Mapping[str, Tensor], x_BTD: Tensor, metric: str
 ) -> dict[str, Tensor]:
@@ -801,26 +818,21 @@ def block_grams(
     value vector to length 1 (eq. 7, 8), "dist" does not. Products of some thousand tokens are made
     in float32 at least, their sums in float64.
     """
-    grams = {"key": 0, "value": 0, "query": 0}
-    make = {"key": key_gram, "value": value_gram, "query": query_power}
+    sums = {"value": ("v_proj", value_gram), "key": ("k_proj", key_gram),
+            "query": ("q_proj", query_power)}
+    grams = dict.fromkeys(sums, 0)
     for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
         y_ND = rms_norm(rows, weights["input_layernorm.weight"].to(rows), config.rms_norm_eps)
-        for name in grams:
-            weight, bias = (weights.get(f"self_attn.{name[0]}_proj.{part}")
-                            for part in ("weight", "bias"))
+        for name, (module, make) in sums.items():
+            weight, bias = (weights.get(f"self_attn.{module}.{p}") for p in ("weight", "bias"))
             y_NKE = F.linear(y_ND, weight.to(rows), None if bias is None else bias.to(rows))
             y_NKE = wide(y_NKE).flatten(0, 1).unflatten(-1, (-1, config.head_dim))
             if metric == "cos" and name != "query":
                 y_NKE = F.normalize(y_NKE, dim=-1)
-            gram = make[name](y_NKE)
+            gram = make(y_NKE)
             grams[name] += gram.to(torch.promote_types(gram.dtype, torch.float64))
     grams["query"] = grams["query"].unflatten(0, (config.num_key_value_heads, -1)).sum(1)
     return grams
-
-
-def query_power(q_NHE: Tensor) -> Tensor:
-    """Σ_n |q|² (H, P) of each head in each RoPE plane."""
-    return sum(half.square().sum(0) for half in q_NHE.chunk(2, dim=-1))
 
 
 # ---- 4 alignment ---------------------------------------------------------------------------------
@@ -918,61 +930,59 @@ def turn_head(gram: Tensor, maps: Tensor, i: int) -> tuple[Tensor, Tensor]:
     return turned, ((turned - maps)[..., i, :, :] * onto.conj()).sum((-1, -2)).real
 
 
-def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor]:
-    """The key that serves M heads best: (maps, weights, share of energy kept).
+TINY = 1e-100  # the energy of heads that are all zero, lest 0/0
 
-    One step beyond a rotation: in a RoPE plane a key z_i may be scaled by any complex number c, if
-    its queries are scaled by 1/conj(c). So look for a shared key s with z_i ≈ a_i s, where an error
-    counts by the power p_i of the queries that read it: √p_i z_i ≈ u_i s, with u the leading
-    eigenvector of √p_i M_p[i, j] √p_j, and a_i = u_i/√p_i. Mapped by c_i = 1/a_i all keys estimate
-    s, and their mean with weights |u_i|² is the best estimate. s gets the heads' mean power.
-    gram: (…, P, M, M), power: (…, M, P); maps: (…, M, P) complex; weights: (…, M, P); share: (…).
+
+def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The key that serves M heads best: (maps onto it, ways back, share of energy kept).
+
+    One step beyond rotations: in a RoPE plane a key z_i may be scaled by any complex number, if its
+    queries are scaled by the inverse's conjugate. So heads need not become alike to share: it is
+    enough that each is some multiple of one key s, z_i ≈ a_i s. An error in z_i costs in proportion
+    to the power p_i of the queries that read it, so √p_i z_i ≈ u_i s is to be best. That is the
+    leading eigenvector u of √p_i M_p[i, j] √p_j, with s = Σ conj(u_i) √p_i z_i (Eckart and Young
+    1936); then a_i = u_i/√p_i. The mean of the mapped keys is s, with the heads' mean power.
+    gram: (…, P, M, M), power: (…, M, P); maps and ways back: (…, M, P) complex; share: (…).
     """
-    root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max()).sqrt()
-    gram = root_PM[..., :, None] * gram_PMM * root_PM[..., None, :]
-    value_PM, vector_PMM = torch.linalg.eigh(gram)
-    u_PM = vector_PMM[..., -1]
-    u_PM = torch.polar(u_PM.abs().clamp(min=1e-4), (u_PM * u_PM[..., :1].conj()).angle())
+    m = power_MP.shape[-2]
+    # A head without queries still has a way back: a floor.
+    root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max() + TINY).sqrt()
+    energy_PM, vector_PMM = torch.linalg.eigh(
+        root_PM[..., :, None] * gram_PMM * root_PM[..., None, :])
+    best_P, u_PM = energy_PM[..., -1], vector_PMM[..., -1]
     power_P = gram_PMM.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-    scale_P = (power_P / value_PM[..., -1].clamp(min=1e-300)).sqrt()
-    kept = value_PM[..., -1].sum(-1) / value_PM.sum((-1, -2))
-    return (scale_P[..., None] * root_PM / u_PM).mT, u_PM.abs().square().mT, kept
+    scale_PM = (power_P.clamp(min=TINY) / best_P.clamp(min=TINY)).sqrt()[..., None]
+    kept = (best_P.sum(-1) + TINY) / (energy_PM.sum((-1, -2)) + TINY)
+    return (m * scale_PM * root_PM * u_PM.conj()).mT, (u_PM / (scale_PM * root_PM)).mT, kept
 
 
-def shared_values(gram_MMEE: Tensor, s_MEE: Tensor) -> tuple[Tensor, Tensor]:
-    """The value head that serves M heads best: (maps, weights, share of energy kept).
+def shared_values(gram_MMEE: Tensor, s_MEE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The value head that serves M heads best: (maps onto it, ways back, share of energy kept).
 
-    One step beyond a rotation: a value v_i may be mapped by any invertible matrix, if Wo takes the
-    inverse. An error in v_i costs what Wo makes of it, ‖S_i δv_i‖ with S_i = (Σ WoᵀWo)^½ over the
-    unit's query heads. So stack the S_i v_i and keep the best E dimensions, leading eigenvectors U
-    of their Gram: S_i v_i ≈ U_i s. Mapped by (S_i⁻¹ U_i)⁻¹ all values estimate s, and their mean
-    with matrix weights U_iᵀU_i is Σ U_iᵀ S_i v_i, the best estimate. Each dimension of s gets the
-    values' mean power, and s is turned to where the heads' own bases are. Row convention, as in
-    `transform`: v → v q. gram: (…, M, M, E, E); S, maps, weights: (…, M, E, E); share: (…).
+    The same for values, which may be mapped by any matrix if Wo takes the way back: v_i ≈ s r_i for
+    some r_i is enough. An error in v_i costs what Wo makes of it, ‖δv_i S_i‖ with the symmetric
+    S_i of `output_root`, so v_i S_i ≈ s U_iᵀ is to be best: U has the leading E eigenvectors of
+    the Gram of all v_i S_i side by side, s = Σ v_i S_i U_i; then r_i = U_iᵀ S_i⁻¹. The mean of the
+    mapped values is s, with their mean power. Rows are vectors, as in `transform`: v → v q.
+    gram: (…, M, M, E, E); S, maps, ways back: (…, M, E, E); share: (…).
     """
     m, e = s_MEE.shape[-3], s_MEE.shape[-1]
     stacked = s_MEE[..., :, None, :, :] @ gram_MMEE @ s_MEE[..., None, :, :, :]
-    value_X, vector_XX = torch.linalg.eigh(stacked.transpose(-3, -2).flatten(-2).flatten(-3, -2))
+    energy_X, vector_XX = torch.linalg.eigh(stacked.transpose(-3, -2).flatten(-2).flatten(-3, -2))
     u_MEE = vector_XX[..., -e:].unflatten(-2, (m, e))
-    power = gram_MMEE.diagonal(dim1=-4, dim2=-3).diagonal(dim1=-3, dim2=-2).mean((-1, -2))
-    kept_E = value_X[..., -e:]
-    scale_E = (power[..., None] / kept_E.clamp(min=1e-12 * kept_E.amax())).sqrt()
-    up_MEE = torch.linalg.inv(s_MEE) @ u_MEE / scale_E[..., None, None, :]
-    down_MEE = scale_E[..., None, :, None] * (u_MEE.mT @ s_MEE)  # s = Σ down v, v ≈ up s
-    turn_EE = polar(up_MEE.sum(-3))[..., None, :, :]
-    left, singular, right = torch.linalg.svd(up_MEE @ turn_EE.mT)
-    singular = singular.clamp(min=1e-6 * singular.amax())
-    up_MEE = (left * singular[..., None, :]) @ right
-    kept = kept_E.sum(-1) / value_X.sum(-1)
-    return torch.linalg.inv(up_MEE).mT, turn_EE @ down_MEE @ up_MEE, kept
+    best, power = energy_X[..., -e:].sum(-1), gram_MMEE.diagonal(dim1=-4, dim2=-3)
+    power = power.diagonal(dim1=-3, dim2=-2).sum((-1, -2)) / m
+    scale_MEE = (power.clamp(min=TINY) / best.clamp(min=TINY)).sqrt()[..., None, None, None]
+    kept = (best + TINY) / (energy_X.sum(-1) + TINY)
+    return m * scale_MEE * s_MEE @ u_MEE, u_MEE.mT @ torch.linalg.inv(s_MEE) / scale_MEE, kept
 
 
 def output_root(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Tensor:
-    """S_i = (Σ WoᵀWo)^½ (K, E, E) over a unit's query heads: ‖S_i v‖ is what Wo makes of v."""
+    """S_i = (Σ WoᵀWo)^½ (K, E, E) over a unit's query heads: ‖v S_i‖ is what Wo makes of v."""
     heads = (config.num_key_value_heads, -1, config.head_dim)
     wo_KQED = weights["self_attn.o_proj.weight"].double().mT.unflatten(0, heads)
     value, vector = torch.linalg.eigh((wo_KQED @ wo_KQED.mT).sum(1))
-    root = value.clamp(min=1e-12 * value.max()).sqrt()
+    root = value.clamp(min=1e-12 * value.max() + 1e-30).sqrt()  # it is inverted
     return (vector * root[..., None, :]) @ vector.mT
 
 
@@ -980,7 +990,7 @@ def discarded_energy(grams: Mapping[str, Tensor], s_KEE: Tensor) -> Tensor:
     """What linear alignment loses when two heads share: (K, K), keys plus values.
 
     The eigenvalues that `shared_keys` and `shared_values` do not keep; those of keys and of values
-    each divided by their mean over all pairs.
+    each divided by their mean over all pairs. A larger group is judged by the sum over its pairs.
     """
     k, e = s_KEE.shape[:2]
     pairs, lost = torch.combinations(torch.arange(k)), []
@@ -1109,15 +1119,22 @@ def transform(
     order_K: Sequence[int],
     value_maps_KEE: Tensor | None = None,
     key_maps_KP: Tensor | None = None,
+    value_back_KEE: Tensor | None = None,
+    key_back_KP: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """A block's weights with its units in a new order and turned: the same function (eq. 12-17).
+    """A block's weights with its units in a new order and mapped (eq. 12-17).
 
-    Maps are in the new order, None leaves heads as they are. Values v -> v q for any invertible q,
-    hence Wv -> qᵀ Wv and Wo -> Wo q⁻ᵀ; keys z_p -> c_p z_p in plane p for any complex c_p but 0,
-    queries z_p -> z_p / conj(c_p). The paper's maps are the orthogonal q and c of modulus 1, their
-    own inverses turned back. Attention weights come back in float64: only the last cast rounds.
+    Maps are in the new order, None leaves heads as they are. Values v → v q, hence Wv → qᵀ Wv, and
+    what reads them goes back, v ≈ v q r: Wo → Wo rᵀ. Keys z_p → c_p z_p in plane p, and back by
+    a_p: queries z_p → conj(a_p) z_p. The ways back are the inverses r = q⁻¹ and a = 1/c
+    unless given: the block then computes the same, for any invertible q and any c but 0.
+    Attention weights come back in float64: only the last cast rounds.
     """
     k, e, order = config.num_key_value_heads, config.head_dim, torch.as_tensor(order_K)
+    if value_maps_KEE is not None and value_back_KEE is None:
+        value_back_KEE = torch.linalg.inv(value_maps_KEE)
+    if key_maps_KP is not None and key_back_KP is None:
+        key_back_KP = 1 / key_maps_KP
     out = dict(weights)
     for name, weight in weights.items():
         module, _, part = name.partition(".")
@@ -1128,11 +1145,10 @@ def transform(
         rows = weight.double().mT if by_columns else weight.double()
         w_KQED = rows.reshape(k, -1, e, rows.shape[1] if rows.ndim > 1 else 1)[order]
         if part[0] in "vo" and value_maps_KEE is not None:
-            by_v = part[0] == "v"
-            q_KEE = value_maps_KEE.mT if by_v else torch.linalg.inv(value_maps_KEE)
+            q_KEE = value_maps_KEE.mT if part[0] == "v" else value_back_KEE
             w_KQED = q_KEE[:, None] @ w_KQED
         if part[0] in "qk" and key_maps_KP is not None:
-            c_KP = key_maps_KP if part[0] == "k" else 1 / key_maps_KP.conj()
+            c_KP = key_maps_KP if part[0] == "k" else key_back_KP.conj()
             z_KQPD = torch.complex(*w_KQED.chunk(2, dim=2)) * c_KP[:, None, :, None]
             w_KQED = torch.cat([z_KQPD.real, z_KQPD.imag], dim=2)
         rows = w_KQED.reshape(rows.shape)
@@ -1140,30 +1156,18 @@ def transform(
     return out
 
 
-def merge(
-    weights: Mapping[str, Tensor],
-    config: LlamaConfig,
-    kv_heads: int,
-    value_weights_KEE: Tensor | None = None,
-    key_weights_KP: Tensor | None = None,
-) -> dict[str, Tensor]:
+def merge(weights: Mapping[str, Tensor], config: LlamaConfig, kv_heads: int) -> dict[str, Tensor]:
     """A block with each run of K/G neighbouring key and value heads averaged into one (eq. 25, 26).
 
-    Of untouched weights this is the mean-pooling of Ainslie et al. 2023; of rotated ones, the
-    paper's; with weights, a matrix for values and a number for each plane of keys, what
-    `shared_values` and `shared_keys` ask for. In float64 for the averaged tensors.
+    Of untouched weights this is the mean-pooling of Ainslie et al. 2023; of aligned ones, ours.
+    In float64 for the averaged tensors.
     """
-    k, out = config.num_key_value_heads, dict(weights)
+    out = dict(weights)
     for name, weight in weights.items():
-        if not name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
-            continue
-        w_KED = weight.double().reshape(k, config.head_dim, -1)
-        if "k_proj" in name and key_weights_KP is not None:
-            w_KED = key_weights_KP.repeat(1, 2)[..., None] * w_KED * (k // kv_heads)
-        if "v_proj" in name and value_weights_KEE is not None:
-            w_KED = value_weights_KEE @ w_KED * (k // kv_heads)
-        merged = w_KED.unflatten(0, (kv_heads, -1)).mean(1)
-        out[name] = merged.reshape(-1, *weight.shape[1:])
+        if name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
+            w_KED = weight.double().reshape(config.num_key_value_heads, config.head_dim, -1)
+            merged = w_KED.unflatten(0, (kv_heads, -1)).mean(1)
+            out[name] = merged.reshape(-1, *weight.shape[1:])
     return out
 
 
@@ -1250,13 +1254,12 @@ def align_block(
     group: str,
     metric: str,
     seed: int,
-) -> tuple[list[list[int]], tuple, tuple, dict]:
-    """(groups, (value maps, key maps), (value weights, key weights), report) of one block.
+) -> tuple[list[list[int]], tuple[Tensor, ...], dict]:
+    """(groups, maps, report) of one block; the maps are `transform`'s, in the order of the groups.
 
-    grams: of `block_grams`, summed over `n_tokens` with this `metric`; s_KEE: `output_root`. Maps
-    are for `transform`, weights for `merge`, in the order of the groups. The report has the groups;
-    for keys and values the mean similarity of pairs inside groups, before and after, or with
-    "linear" the share of energy that the shared heads keep.
+    grams: of `block_grams`, summed over `n_tokens` with this `metric`; s_KEE: `output_root`. The
+    report has the groups; for keys and values the mean similarity of pairs inside groups, before
+    and after, or with "linear" the share of energy that the shared heads keep.
     """
     k = grams["value"].shape[0]
     groups = torch.arange(k).view(kv_heads, -1).tolist()
@@ -1268,23 +1271,23 @@ def align_block(
     g_GM = torch.tensor(groups)
     i, j = g_GM[:, :, None], g_GM[:, None, :]
     value_GMMEE, key_GPMM = grams["value"][i, j], grams["key"][:, i, j].movedim(0, 1)
-    value_maps = torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1)
-    key_maps = torch.ones_like(key_GPMM[..., 0]).mT
-    report, averages = {"groups": groups}, ()
+    report = {"groups": groups}
     if align == "linear":
-        value_maps, value_weights, value_kept = shared_values(value_GMMEE, s_KEE[g_GM])
-        key_maps, key_weights, key_kept = shared_keys(key_GPMM, grams["query"][g_GM])
-        averages = value_weights.flatten(0, 1), key_weights.flatten(0, 1)
+        value_maps, value_back, value_kept = shared_values(value_GMMEE, s_KEE[g_GM])
+        key_maps, key_back, key_kept = shared_keys(key_GPMM, grams["query"][g_GM])
+        maps = value_maps, key_maps, value_back, key_back
         report["energy_kept"] = {"key": key_kept.mean().item(), "value": value_kept.mean().item()}
     else:
-        before = similarities(value_GMMEE, key_GPMM, value_maps, key_maps, n_tokens, metric)
+        maps = (torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1),
+                torch.ones_like(key_GPMM[..., 0]).mT)
+        before = similarities(value_GMMEE, key_GPMM, *maps, n_tokens, metric)
         if align == "rotation":
-            value_maps, _ = generalized_procrustes(value_GMMEE)
-            key_maps = generalized_procrustes(key_GPMM, rope=True)[0].mT
-        after = similarities(value_GMMEE, key_GPMM, value_maps, key_maps, n_tokens, metric)
+            maps = (generalized_procrustes(value_GMMEE)[0],
+                    generalized_procrustes(key_GPMM, rope=True)[0].mT)
+        after = similarities(value_GMMEE, key_GPMM, *maps, n_tokens, metric)
         report["similarity_inside_groups"] = {
             name: {"before": before[name], "after": after[name]} for name in before}
-    return groups, (value_maps.flatten(0, 1), key_maps.flatten(0, 1)), averages, report
+    return groups, tuple(q.flatten(0, 1) for q in maps), report
 
 
 def similarities(value_GMMEE, key_GPMM, value_maps, key_maps, n_tokens, metric) -> dict[str, float]:
@@ -1340,7 +1343,7 @@ def convert(
     config, weights = load_checkpoint(model_dir)
     new_config = gqa_config(config, kv_heads)
     out_bytes = converted_bytes(config, weights, kv_heads)
-    check_new_directory(Path(out_dir).resolve(), out_bytes)
+    check_new_directory(out_dir, out_bytes)
     with peak_memory(to["device"]) as peak:
         rows, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
         if len(rows) < 1 + refit:
@@ -1353,6 +1356,7 @@ def convert(
                        "seed": seed},
             "forward": {name: str(value) for name, value in to.items()},
             **sizes(config, new_config, weights, rows, held_out, dtype, refit),
+            "seconds_estimate": seconds_needed(config, weights, rows, held_out, to, refit),
         }
         log(plan_line(report))
         if dry_run:
@@ -1369,7 +1373,8 @@ def convert(
 def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) -> dict:
     """The work of `convert`: write the shards into `folder`, return what was measured.
 
-    rows, held_out: token ids (rows, T). method: the keywords of `align_block`. to: device and dtype
+    rows, held_out: token ids (rows, T). method: the keywords of
+    `converted_blocks`. to: device and dtype
     of the forward. Raises ValueError for weights or activations that are not finite.
     """
     check_finite(outer_weights(weights))
@@ -1379,10 +1384,8 @@ def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) 
     new_config, layers = gqa_config(config, kv_heads), []
     blocks = converted_blocks(config, weights, calibration, kv_heads, **method, timed=timed)
     for i, (source, _, converted, layer) in enumerate(progress(blocks, config.num_hidden_layers)):
-        mean_pooled, converted = (
-            {name: w.to(source[name].dtype) for name, w in block.items()}
-            for block in (merge(source, config, kv_heads), converted)
-        )
+        mean_pooled = {name: w.to(source[name].dtype)
+                       for name, w in merge(source, config, kv_heads).items()}
         check_finite(converted, f"converted {block_prefix(i)}")
         with timed("evaluate"):
             run_block_(config, source, source_x)
@@ -1416,11 +1419,14 @@ def converted_blocks(
     group: str,
     metric: str,
     seed: int,
+    document_BT: Tensor | None = None,
     timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict]]:
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Tensor], dict]]:
     """Walk the blocks once: (its weights, the same aligned and in group order, converted, report).
 
     `x_BTD` are the embedded calibration rows; they are moved on in place, block by block.
+    `document_BT` as in `Llama.forward`. Converted weights have the source's dtype; after a refit
+    there are no aligned ones: None.
     """
     if refit and len(x_BTD) < 2:
         raise ValueError("a refit needs at least two rows of text to calibrate with")
@@ -1437,21 +1443,26 @@ def converted_blocks(
                 if not torch.isfinite(gram.abs().sum()):
                     raise ValueError(f"block {i}: its {name}s on this text are not finite")
             n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
-            groups, maps, averages, layer = align_block(
+            groups, maps, layer = align_block(
                 grams, output_root(config, source).cpu(), n_tokens, kv_heads, align, group, metric,
                 seed + i)
         with timed("merge"):
             order = [unit for group_units in groups for unit in group_units]
             aligned = transform(source, config, order, *(q.to(x_BTD.device) for q in maps))
-            converted = merge(aligned, config, kv_heads, *(w.to(x_BTD.device) for w in averages))
+            converted = {name: w.to(source[name].dtype)
+                         for name, w in merge(aligned, config, kv_heads).items()}
         with timed("calibrate"):
-            run_block_(config, source, x_BTD)
+            run_block_(config, source, x_BTD, document_BT)
         if refit:
+            aligned = None  # a block in float64
             with timed("refit"):
                 converted, layer["hidden_state_error"] = refit_block(
-                    new_config, converted, converted_x, x_BTD, seed + i)
-                run_block_(new_config, converted, converted_x)
+                    new_config, converted, converted_x, x_BTD, seed + i, document_BT)
+                run_block_(new_config, converted, converted_x, document_BT)
         yield source, aligned, converted, layer
+
+
+REFIT_EPOCHS = 5  # ten leave 4 % less KL, of twice the time
 
 
 @torch.no_grad()
@@ -1461,47 +1472,49 @@ def refit_block(
     x_BTD: Tensor,
     wanted_BTD: Tensor,
     seed: int,
-    epochs: int = 5,
+    document_BT: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """A block's weights, trained to make `wanted` of x; and its error before and after.
 
     x: hidden states of the converted model before the block; wanted: the source's after it. So a
     block learns to do without its own heads, and to mend what the blocks before it left wrong. The
-    error is the mean of ‖y − wanted‖² / ‖wanted‖² over tokens, as the next norm sees it; or else
-    the few tokens of large models that are a thousand times longer than the rest would count alone.
-    Adam takes steps of at most 1,024 tokens, or one row. A tenth of the rows is held out: if the
-    error does not fall there, the block stays as it was.
+    error is the mean of ‖y − wanted‖² / ‖wanted‖² over tokens, as the next norm sees it; otherwise
+    the few tokens of large models that are a thousand times longer than the rest would decide
+    alone. Adam goes REFIT_EPOCHS times over the rows, but for the first tenth, which are held out:
+    if the error does not fall there, the block stays as it was.
     """
     with torch.device("meta"):
         block_of = functools.partial(torch.func.functional_call, Block(config))
-    rope, _ = rope_and_mask(config, wide(x_BTD[:1]))
 
     def error(weights, rows):
-        y, wanted = block_of(weights, (wide(x_BTD[rows]), rope)), wide(wanted_BTD[rows])
-        length = wanted.square().sum(-1).clamp(min=1e-30)
-        return ((y - wanted).square().sum(-1) / length).mean()
+        x, wanted = wide(x_BTD[rows]), wide(wanted_BTD[rows])
+        rope_mask = rope_and_mask(config, x, None if document_BT is None else document_BT[rows])
+        weights = {name: w.to(x.dtype) for name, w in weights.items()}
+        square = (block_of(weights, (x, *rope_mask)) - wanted).square().sum(-1)
+        return (square / wanted.square().sum(-1).clamp(min=1e-30)).mean()
 
-    old = {name: w.to(wide(x_BTD[:0]).dtype) for name, w in weights.items()}
-    new = {name: w.clone().requires_grad_() for name, w in old.items()}
-    # Steps that change what a matrix makes of its input by the same share at any width.
-    rate = {name: 0.4 * (w.square().mean() / w.shape[-1]).sqrt().item() for name, w in old.items()}
+    new = {name: wide(w).clone().requires_grad_() for name, w in weights.items()}
+    # Adam moves every entry of a matrix by its rate, and all move a sum over one input together:
+    # by a share of rms(W)/√columns they change the output by the same share at any width.
+    rate = {name: 0.4 * (w.square().mean() / w.shape[-1]).sqrt().item() for name, w in new.items()}
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15)
     size, generator = max(1, 1024 // x_BTD.shape[1]), torch.Generator().manual_seed(seed)
     held_out, rows = torch.arange(len(x_BTD)).tensor_split([max(1, len(x_BTD) // 10)])
-    batches = [some for _ in range(epochs)
-               for some in rows[torch.randperm(len(rows), generator=generator)].split(size)]
-    for step, some in enumerate(batches):
+    batches = [batch for _ in range(REFIT_EPOCHS)
+               for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
+    for step, batch in enumerate(batches):
         with torch.enable_grad():
-            error(new, some).backward()
+            error(new, batch).backward()
         for group in adam.param_groups:
             group["lr"] = rate[group["name"]] * learning_rate(step, len(batches))
         adam.step()
         adam.zero_grad()
-    before, after = (mean(error(w, row[None]).item() for row in held_out) for w in (old, new))
+    new = {name: w.detach().to(weights[name].dtype) for name, w in new.items()}  # as written
+    before, after = (mean(error(w, row[None]).item() for row in held_out) for w in (weights, new))
     if not after < before:
         return dict(weights), {"before": before, "after": before}
-    return {name: w.detach() for name, w in new.items()}, {"before": before, "after": after}
+    return new, {"before": before, "after": after}
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -1533,14 +1546,23 @@ def embed(weights: Mapping[str, Tensor], tokens_BT: Tensor, to: Mapping) -> Tens
     return F.embedding(tokens_BT, weights["model.embed_tokens.weight"]).to(**to)
 
 
-def run_block_(config: LlamaConfig, weights: Mapping[str, Tensor], x_BTD: Tensor) -> None:
+def run_block_(
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    x_BTD: Tensor,
+    document_BT: Tensor | None = None,
+) -> None:
     """Replace the hidden states by what the block of these weights makes of them, rows in turn."""
     with torch.device("meta"):
         block = Block(config)
     weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}
-    rope, _ = rope_and_mask(config, x_BTD)
-    for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
-        rows.copy_(torch.func.functional_call(block, weights, (rows, rope), strict=True))
+    size = max(1, 4096 // x_BTD.shape[1])
+    for at in range(0, len(x_BTD), size):
+        rows, document = x_BTD[at : at + size], document_BT
+        if document is not None:
+            document = document[at : at + size]
+        rope_mask = rope_and_mask(config, rows, document)
+        rows.copy_(torch.func.functional_call(block, weights, (rows, *rope_mask), strict=True))
 
 
 def mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
@@ -1588,9 +1610,10 @@ def check_method(align: str, group: str, metric: str, seed: int) -> None:
         if value not in CHOICES[name]:
             raise ValueError(f"{name} {value!r}: expected {', '.join(CHOICES[name])}")
     if metric == "cos" and (align == "linear" or group == "energy"):
-        raise ValueError("metric cos: linear alignment and groups by energy need dist")
-    if seed < 0:
-        raise ValueError(f"seed {seed}: expected 0 or more")
+        raise ValueError("metric cos: linear alignment and groups by energy weigh errors, not "
+                         "angles, and need dist")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed}: expected 0 to {2**32 - 1}")
 
 
 def gqa_config(config: LlamaConfig, kv_heads: int) -> LlamaConfig:
@@ -1638,6 +1661,21 @@ def memory_needed(
     return program + streams + max(block + grams + max(forward, in_float64, refit * refitted), head)
 
 
+def seconds_needed(config, weights, rows, held_out, to, refit: bool) -> float:
+    """Seconds of a conversion, estimated: all its forwards, from the first block's on some tokens.
+
+    For a backward two forwards are counted; alignment is not.
+    """
+    seconds, timed = stopwatch(to["device"])
+    block = read_block(weights, 0, to["device"])
+    x_BTD = embed(weights, held_out[: max(1, 512 // held_out.shape[1]), :512], to)
+    for run in ("first", "second"):  # the first one wakes the device
+        with timed(run):
+            run_block_(config, block, x_BTD)
+    forwards = rows.numel() * (1.3 + refit * (1 + 3 * 0.9 * REFIT_EPOCHS)) + held_out.numel() * 3
+    return config.num_hidden_layers * seconds["second"] * forwards / x_BTD[..., 0].numel()
+
+
 def sizes(config, new_config, weights, rows, held_out, dtype, refit) -> dict:
     """The report's numbers that are known before any work: counts, and bytes."""
     models = {"source": config, "converted": new_config}
@@ -1658,12 +1696,20 @@ def plan_line(report: Mapping) -> str:
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
-        f"(align {method['align']}{', refit' * method['refit']}, group {method['group']}, metric "
-        f"{method['metric']}); "
+        f"(align {method['align']}{', refit' * method['refit']}, group {method['group']}"
+        + (f", metric {method['metric']}" if method["align"] != "linear" else "") + "); "
         f"{tokens['calibration']:,} tokens to calibrate, {tokens['held_out']:,} held out, in rows "
         f"of {tokens['seq_len']:,}; about {report['memory_estimate_bytes'] / 1e9:.2g} GB of memory "
-        f"({report['forward']['device']}) and {report['disk_bytes'] / 1e9:.2g} GB of disk"
+        f"({report['forward']['device']}), {report['disk_bytes'] / 1e9:.2g} GB of disk and "
+        + duration(report["seconds_estimate"])
     )
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    size, unit = next(x for x in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+                      if seconds >= 2 * x[0] or x[0] == 1)
+    return f"{seconds / size:.2g} {unit}"
 
 
 @contextlib.contextmanager
@@ -1775,7 +1821,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--refit", action=argparse.BooleanOptionalAction, help="train each block to lead to the "
         "source's hidden states (default: with --align linear)")
     add("--metric", choices=CHOICES["metric"], default="dist",
-        help="similarity: minus the mean square distance (default), or the mean cosine")
+        help="similarity: minus the mean square distance (default), or the mean cosine (for "
+        "--align rotation or none)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--seed", type=int, default=0, metavar="N",
         help="of the order of the text and of the grouping (default: %(default)s)")
@@ -1809,7 +1856,7 @@ def print_table(report: Mapping, out: str) -> None:
             print(f"  {name + 's':<12}{s['before']:8.4f} -> {s['after']:.4f}")
     if "hidden_state_error" in report:
         error = report["hidden_state_error"]
-        print("square error of a block's hidden states, before and after its refit\n"
+        print("relative square error of a block's hidden states, before and after its refit\n"
               f"  {'mean':<12}{error['before']:8.4f} -> {error['after']:.4f}")
     print(f"KV cache, bytes a token\n  {cache['source']:,} -> {cache['converted']:,}")
     stages = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())

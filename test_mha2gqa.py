@@ -297,7 +297,8 @@ def break_checkpoint(path, what):
     elif what.startswith("config:"):
         raw = json.loads((path / "config.json").read_text())
         change = {"model_type": "gpt_neox", "rope_scaling": {"type": "yarn"},
-                  "quantization_config": {"bits": 4}, "num_hidden_layers": 10**8}
+                  "quantization_config": {"bits": 4}, "num_hidden_layers": 10**8,
+                  "head_dim": 10**9 - 2}
         key = what.removeprefix("config:")
         (path / "config.json").write_text(json.dumps({**raw, key: change[key]}))
     elif what == "no weights":
@@ -305,8 +306,9 @@ def break_checkpoint(path, what):
             file.unlink()
     elif what.startswith("index"):
         index = json.loads((path / "model.safetensors.index.json").read_text())
-        outside = {"index above": "../x.safetensors", "index absolute": "/x.safetensors"}[what]
-        index["weight_map"]["model.norm.weight"] = outside
+        found = {"index above": "../x.safetensors", "index absolute": "/x.safetensors",
+                 "index parent": "..", "index number": 5}[what]
+        index["weight_map"]["model.norm.weight"] = found
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         tensors = load_file(files[0])
@@ -332,9 +334,12 @@ BROKEN = {
     "config:rope_scaling": r"config.json: not supported: rope type 'yarn'",
     "config:quantization_config": r"config.json: not supported: quantised weights",
     "config:num_hidden_layers": r"2 layers among the weights, but num_hidden_layers is 100000000",
+    "config:head_dim": r"num_attention_heads \* head_dim is 3999999992, expected a positive int",
     "no weights": r"no \*.safetensors and no pytorch_model\*.bin",
     "index above": r"index.json: '../x.safetensors' is outside the directory",
     "index absolute": r"index.json: '/x.safetensors' is outside the directory",
+    "index parent": r"index.json: '..' is not the name of a file",
+    "index number": r"index.json: 5 is not the name of a file",
     "missing tensor": r"missing tensor model.layers.0.self_attn.q_proj.weight",
     "unknown tensor": r"unknown tensor model.layers.0.surprise",
     "wrong shape": r"q_proj.weight has shape \[47, 48\], expected \[48, 48\]",
@@ -1165,6 +1170,39 @@ def test_the_exact_oracle(trained, tmp_path, group, metric):
     assert loss["mean_pooled"] > wanted + 0.1
 
 
+def test_a_head_without_keys_may_come_first():
+    """Of keys that are multiples of one another, zero among them, nothing is lost."""
+    s_N = torch.randn(99, generator=torch.Generator().manual_seed(0), dtype=torch.complex128)
+    z_NM = s_N[:, None] * torch.tensor([0, 1, 1j, -1])
+    maps_MP, back_MP, kept = m.shared_keys((z_NM.T @ z_NM.conj())[None], torch.ones(4, 1).double())
+    shared_N = (maps_MP[:, 0] * z_NM).mean(1)
+    assert torch.allclose(shared_N[:, None] * back_MP[:, 0], z_NM) and kept == pytest.approx(1)
+
+
+DEAD = {
+    "queries": {"q_proj.weight": slice(None)}, "keys": {"k_proj.weight": slice(None)},
+    "values": {"v_proj.weight": slice(None)}, "outputs": {"o_proj.weight": slice(None)},
+    "two heads": {f"{part}_proj.weight": slice(0, 24) for part in "qkv"},
+    "a plane": {f"{part}_proj.weight": slice(3, None, 6) for part in "qk"},
+}
+
+
+@pytest.mark.parametrize("what", DEAD)
+def test_dead_heads_are_no_trouble_to_linear_alignment(what):
+    """Blocks that were added as zeros, or pruned: finite, well scaled, and the rest as it was."""
+    config = config_of(num_hidden_layers=1)
+    weights = random_weights(config)
+    for name, rows in DEAD[what].items():
+        weights[f"model.layers.0.self_attn.{name}"][rows] = 0
+    x_BTD = torch.randn(4, 64, 48, generator=torch.Generator().manual_seed(0))
+    (source, _, converted, report), = m.converted_blocks(
+        config, weights, x_BTD, 2, "linear", False, "energy", "dist", seed=0)
+    for name, weight in converted.items():
+        assert weight.abs().max() <= 4 * source[name].abs().max(), name
+    assert all(0 <= share <= 1 + 1e-9 for share in report["energy_kept"].values())
+    assert what not in ("keys", "values") or report["energy_kept"][what[:-1]] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("refit", [False, True])
 def test_the_exact_oracle_of_linear_alignment(trained, tmp_path, refit):
     """Heads mapped by any matrices and scaled in every plane are found again; rotation cannot."""
@@ -1187,19 +1225,20 @@ def test_shared_heads_by_hand():
     z_NM = torch.randn(500, 2, generator=generator, dtype=torch.complex128)
     z_NM[:, 1] = (2 - 1j) * z_NM[:, 0] + 0.3 * z_NM[:, 1]
     power = torch.tensor([3.0, 0.5]).double()
-    maps_MP, weights_MP, kept = m.shared_keys((z_NM.T @ z_NM.conj())[None], power[:, None])
-    shared_N = (weights_MP[:, 0] * maps_MP[:, 0] * z_NM).sum(1)
-    found = (power * (z_NM - shared_N[:, None] / maps_MP[:, 0]).abs().square().sum(0)).sum()
+    maps_MP, back_MP, kept = m.shared_keys((z_NM.T @ z_NM.conj())[None], power[:, None])
+    shared_N = (maps_MP[:, 0] * z_NM).mean(1)
+    found = (power * (z_NM - shared_N[:, None] * back_MP[:, 0]).abs().square().sum(0)).sum()
     energies = torch.linalg.svdvals(power.sqrt() * z_NM).square()  # Eckart and Young 1936
     assert found == pytest.approx(energies[1].item(), rel=1e-6)
     assert kept == pytest.approx((energies[0] / energies.sum()).item())
+    assert torch.allclose(shared_N.abs().square().mean(), z_NM.abs().square().mean())
     v_NME = torch.randn(500, 3, 4, generator=generator).double()
     v_NME[:, 1] = v_NME[:, 0] @ torch.randn(4, 4, generator=generator).double() + 0.1 * v_NME[:, 1]
     s_MEE = torch.randn(3, 4, 4, generator=generator).double()
     s_MEE = s_MEE @ s_MEE.mT
-    maps, weights, kept = m.shared_values(torch.einsum("nie,njf->ijef", v_NME, v_NME), s_MEE)
-    shared_NE = torch.einsum("mef,mfg,nmg->ne", weights, maps.mT, v_NME)
-    errors = v_NME - torch.einsum("mfe,nf->nme", torch.linalg.inv(maps), shared_NE)
+    maps, back, kept = m.shared_values(torch.einsum("nie,njf->ijef", v_NME, v_NME), s_MEE)
+    shared_NE = torch.einsum("mef,nme->nmf", maps, v_NME).mean(1)
+    errors = v_NME - torch.einsum("mfe,nf->nme", back, shared_NE)
     found = torch.einsum("mef,nmf->nme", s_MEE, errors).square().sum()
     stacked = torch.einsum("mef,nmf->nme", s_MEE, v_NME).flatten(1)
     energies = torch.linalg.svdvals(stacked).square()
@@ -1415,9 +1454,10 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     assert (status, err) == (0, "")  # no progress bar where there is no terminal
     plan, *table = out.splitlines()
     assert re.match(r"2 blocks, 8 to 4 KV heads "
-                    r"\(align linear, refit, group energy, metric dist\); "
+                    r"\(align linear, refit, group energy\); "
                     r"18,\d{3} tokens to calibrate, \d,\d{3} held out, in rows of 32; "
-                    r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk", plan)
+                    r"about 0\.\d+ GB of memory \(cpu\), 0\.\d+ GB of disk and [\d.]+ seconds",
+                    plan)
     report = json.loads((tmp_path / "out/mha2gqa.json").read_text())
     converted = report["loss_nats_per_token"]["converted"]
     assert re.search(rf"converted +{converted:.4f} +\+\d\.\d{{4}}", "\n".join(table))
@@ -1464,6 +1504,16 @@ def test_broken_sources_by_command(trained, tmp_path, capfd, what):
             "--text", trained / "text.jsonl")
 
 
+def strict_tokenizer(source, folder):
+    """A copy of the model whose tokenizer has one word, and nothing for all the others."""
+    from tokenizers import Tokenizer, models
+
+    shutil.copytree(source, folder / "strict")
+    tokenizer = Tokenizer(models.WordLevel({"one": 0}, unk_token="unknown"))
+    tokenizer.save(str(folder / "strict/tokenizer.json"))
+    return folder / "strict"
+
+
 def test_other_bad_input_by_command(trained, tmp_path, capfd):
     source, text, out = trained / "mha", trained / "text.jsonl", tmp_path / "out"
 
@@ -1481,7 +1531,9 @@ def test_other_bad_input_by_command(trained, tmp_path, capfd):
     check("bad.jsonl, line 2: not JSON", text=tmp_path / "bad.jsonl")
     check("sequence length 65: expected 2 to 64", extra=["--seq-len", 65])
     check("device 'gpu': expected auto, cpu", extra=["--device", "gpu"])
-    check("seed -1: expected 0 or more", extra=["--seed", -1])
+    for seed in (-1, 2**32):
+        check(f"seed {seed}: expected 0 to 4294967295", extra=["--seed", seed])
+    check("tokenizer.json: cannot encode the text", model=strict_tokenizer(source, tmp_path))
     (tmp_path / "short.txt").write_text("too short")
     check("too little text in .*short.txt: 1 rows", extra=["--eval-text", tmp_path / "short.txt"])
     (tmp_path / "full").mkdir()
@@ -1489,6 +1541,9 @@ def test_other_bad_input_by_command(trained, tmp_path, capfd):
     check("full: exists and is not an empty directory", out=tmp_path / "full")
     check("empty.txt: exists and is not an empty directory", out=tmp_path / "empty.txt")
     check("deep: no such directory, or no permission", out=tmp_path / "deep/out")
+    check("File name too long", out=tmp_path / ("x" * 256))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    check("loop: a link to itself", out=tmp_path / "loop")
     check("text.jsonl: no such directory", model=text)
     check("mute: is a directory", text=tmp_path / "mute")
 
@@ -2002,13 +2057,15 @@ def test_masks_are_shifted_onto_their_target(target):
 def test_rates_by_width_length_and_start():
     def rates(steps, width, **arguments):
         a = types.SimpleNamespace(**{"lr": None, "mask_lr": None, "refit": False, "tasks": None,
-                                     "teacher": None, **arguments})
+                                     "teacher": None, "sft_epochs": 2, **arguments})
         config = types.SimpleNamespace(hidden_size=width)
-        return train_gqa.Run.rates(types.SimpleNamespace(a=a, config=config), steps)
+        return train_gqa.Run(a, None, config, *[None] * 7).rates(steps)
 
     assert rates(20_000, 4096) == pytest.approx((1e-5, 1e-2))  # the paper's
     assert rates(100, 1024) == pytest.approx((4e-4, 1.0))
     assert rates(100, 1024, refit=True) == pytest.approx((5e-5, 1.0))
     assert rates(100, 1024, refit=True, tasks="DIR") == pytest.approx((4e-4, 1.0))
+    assert rates(100, 1024, refit=True, tasks="DIR", sft_epochs=0) == pytest.approx((5e-5, 1.0))
+    assert rates(1000, 4096, refit=True) == pytest.approx((1e-5, 0.1))
     assert rates(1, 64) == pytest.approx((3e-3, 100.0))
     assert rates(100, 1024, refit=True, lr=0.1) == pytest.approx((0.1, 1.0))

@@ -808,17 +808,22 @@ class Run:
     def out(self) -> Path:
         return Path(self.a.out)
 
+    @property
+    def taught_by_source(self) -> bool:
+        return not (self.a.teacher or self.a.tasks and self.a.sft_epochs)
+
     def rates(self, steps: int) -> tuple[float, float]:
         """Learning rates of model and masks for a training of so many steps.
 
         The paper's, 1e-5 and 1e-2, are for a model 4,096 wide and some 10,000 steps; narrower ones
         and shorter runs want more: 1e-5 · 4096/D · √(10⁴/steps), 3e-3 at most, and
         1e-2 · 10⁴/steps, so that a mask can move as far. A refitted student whose teacher is the
-        source starts so near it that such steps would lead away: an eighth.
+        source starts so near it that such steps would lead away: an eighth, but 1e-5 at least.
         """
         short = max(1.0, 10_000 / steps)
         lr = min(3e-3, 1e-5 * max(1.0, 4096 / self.config.hidden_size) * short**0.5)
-        lr /= 8 if self.a.refit and not (self.a.tasks or self.a.teacher) else 1
+        if self.a.refit and self.taught_by_source:
+            lr = max(1e-5, lr / 8)
         return self.a.lr or lr, self.a.mask_lr or 1e-2 * short
 
     def train(self, name, model, objective, parts, steps: int, folder: str, masks=None) -> None:
@@ -857,11 +862,12 @@ def source_blocks(config, weights) -> Iterator[dict[str, Tensor]]:
 @torch.no_grad()
 def student_blocks(run: Run) -> Iterator[dict[str, Tensor]]:
     """The aligned source's blocks with new KV heads beside the old; without masks the converted."""
-    a, tokens = run.a, run.data.train.tokens
-    some = tokens[: max(2, a.calibration_tokens // tokens.shape[1])]
-    x = mha2gqa.embed(run.weights, some, {"device": run.device, "dtype": torch.float32})
+    a, rows = run.a, run.data.train
+    rows = rows[: max(2, a.calibration_tokens // rows.tokens.shape[1])]
+    x = mha2gqa.embed(run.weights, rows.tokens, {"device": run.device, "dtype": torch.float32})
     walk = mha2gqa.converted_blocks(
-        run.config, run.weights, x, a.kv_heads, a.align, a.refit, a.group, a.metric, a.seed)
+        run.config, run.weights, x, a.kv_heads, a.align, a.refit, a.group, a.metric, a.seed,
+        None if rows.document is None else rows.document.to(run.device))
     for _, aligned, converted, _ in progress(walk, "align", total=run.config.num_hidden_layers):
         new = {name.replace("_proj.", "_proj.new."): w for name, w in converted.items()
                if "k_proj" in name or "v_proj" in name}
@@ -932,7 +938,7 @@ def prune(run: Run) -> None:
 def teacher_weights(run: Run) -> tuple[mha2gqa.LlamaConfig, Mapping[str, Tensor]]:
     """Config and weights of --teacher, or of the source, or of the source after SFT."""
     a, config = run.a, run.config
-    if not (a.teacher or a.tasks and a.sft_epochs):
+    if run.taught_by_source:
         return config, run.weights
     folder = Path(a.teacher or run.out / "teacher")
     if not as_first(folder.exists()):
@@ -1072,7 +1078,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="of fine-tuning and pruning, after 32 steps of warm-up, then down "
         "to 0 in a cosine; default: 1e-5 * max(1, 4096/hidden_size) * sqrt(max(1, 10000/steps)): "
         "the paper's rate for its model and length, more for narrower models and shorter runs, "
-        "3e-3 at most; an eighth of it with --refit if the source is the teacher, which is near")
+        "3e-3 at most; with --refit, if the source is the teacher, which is near then, an eighth "
+        "of it, 1e-5 at least")
     add("--mask-lr", type=float, help="of the masks' log alpha, constant; default: 1e-2 * max(1, "
         "10000/steps): the paper's, and more for shorter runs, so that a mask moves as far")
     add("--no-masks", action="store_true", help="the new heads alone from the first step, as "
