@@ -12,11 +12,11 @@ projection back, turn its keys and its queries alike, and the model computes the
 
     reads a checkpoint (1) into a LLaMA (2), sums up keys and values on some text (3), finds the
     maps under which heads agree best (4), puts heads that agree into groups (5), maps them,
-    averages them (6), and writes a plain GQA checkpoint, block by block (9).
+    averages them (6), trains each block so that it leads to the source's hidden states again, and
+    writes a plain GQA checkpoint, block by block (9).
 
-Rotations are the paper's maps. They are not all that leave the model unchanged: with `shared_keys`
-and `shared_values` (4) it goes one step further, and each block is then refitted, so that it leads
-to the source's hidden states (9).
+The paper's maps are rotations (`generalized_procrustes`), and it does not train blocks. Rotations
+are not all that leaves the model unchanged: `shared_keys` and `shared_values` go one step further.
 
 Two things in one file for the trainer beside it: the masks (7) and the losses (8).
 

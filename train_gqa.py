@@ -884,6 +884,9 @@ def prepare(a: argparse.Namespace, report: dict, device, timed) -> Run:
     data = load_data(a, config)
     seq_len, n = data.train.tokens.shape[1], dist.get_world_size()
     size = max(1, a.batch_tokens // seq_len)
+    if len(data.train) < 1 + a.refit:
+        raise ValueError(f"a refit needs two rows of {seq_len} tokens, found {len(data.train)}; "
+                         "more text, a smaller --seq-len, or --no-refit")
     if size % n:
         raise ValueError(f"--batch-tokens: {size} rows a step cannot be shared by {n} processes; "
                          f"choose a multiple of {seq_len * n}")
