@@ -930,7 +930,7 @@ def turn_head(gram: Tensor, maps: Tensor, i: int) -> tuple[Tensor, Tensor]:
     return turned, ((turned - maps)[..., i, :, :] * onto.conj()).sum((-1, -2)).real
 
 
-TINY = 1e-100  # the energy of heads that are all zero, lest 0/0
+TINY = 1e-100  # the energy of heads that are all zero, lest 0/0; all of this is in float64
 
 
 def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -939,13 +939,14 @@ def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Ten
     One step beyond rotations: in a RoPE plane a key z_i may be scaled by any complex number, if its
     queries are scaled by the inverse's conjugate. So heads need not become alike to share: it is
     enough that each is some multiple of one key s, z_i ≈ a_i s. An error in z_i costs in proportion
-    to the power p_i of the queries that read it, so √p_i z_i ≈ u_i s is to be best. That is the
-    leading eigenvector u of √p_i M_p[i, j] √p_j, with s = Σ conj(u_i) √p_i z_i (Eckart and Young
-    1936); then a_i = u_i/√p_i. The mean of the mapped keys is s, with the heads' mean power.
+    to the power p_i of the queries that read it, so what is wanted is the best √p_i z_i ≈ u_i s:
+    u is the leading eigenvector of √p_i M_p[i, j] √p_j, s = Σ conj(u_i) √p_i z_i (Eckart and Young
+    1936), and a_i = u_i/√p_i. Both are scaled so that s has the heads' mean power and weights stay
+    near their size. The mean of the mapped keys is s. Energy is Σ p_i |z_i|².
     gram: (…, P, M, M), power: (…, M, P); maps and ways back: (…, M, P) complex; share: (…).
     """
     m = power_MP.shape[-2]
-    # A head without queries still has a way back: a floor.
+    # subtle: a unit without queries would divide 0 by 0.
     root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max() + TINY).sqrt()
     energy_PM, vector_PMM = torch.linalg.eigh(
         root_PM[..., :, None] * gram_PMM * root_PM[..., None, :])
@@ -961,9 +962,10 @@ def shared_values(gram_MMEE: Tensor, s_MEE: Tensor) -> tuple[Tensor, Tensor, Ten
 
     The same for values, which may be mapped by any matrix if Wo takes the way back: v_i ≈ s r_i for
     some r_i is enough. An error in v_i costs what Wo makes of it, ‖δv_i S_i‖ with the symmetric
-    S_i of `output_root`, so v_i S_i ≈ s U_iᵀ is to be best: U has the leading E eigenvectors of
-    the Gram of all v_i S_i side by side, s = Σ v_i S_i U_i; then r_i = U_iᵀ S_i⁻¹. The mean of the
-    mapped values is s, with their mean power. Rows are vectors, as in `transform`: v → v q.
+    S_i of `output_root`, so what is wanted is the best v_i S_i ≈ s U_iᵀ: U has the leading E
+    eigenvectors of the Gram of all v_i S_i side by side, s = Σ v_i S_i U_i, and r_i = U_iᵀ S_i⁻¹.
+    Again s is scaled to the values' mean power, and is the mean of the mapped values. Energy is
+    Σ ‖v_i S_i‖². Rows are vectors, as in `transform`: v → v q.
     gram: (…, M, M, E, E); S, maps, ways back: (…, M, E, E); share: (…).
     """
     m, e = s_MEE.shape[-3], s_MEE.shape[-1]
@@ -993,17 +995,19 @@ def discarded_energy(grams: Mapping[str, Tensor], s_KEE: Tensor) -> Tensor:
     each divided by their mean over all pairs. A larger group is judged by the sum over its pairs.
     """
     k, e = s_KEE.shape[:2]
-    pairs, lost = torch.combinations(torch.arange(k)), []
+    pairs, lost, energy = torch.combinations(torch.arange(k)), [], []
     for some in pairs.split(64):  # all at once would be a gigabyte
         i, j = some[:, :, None], some[:, None, :]
         root = grams["query"].sqrt()[some].movedim(-1, 0)  # (P, pairs, 2)
         keys = root[..., :, None] * grams["key"][:, i, j] * root[..., None, :]
         values = (s_KEE[i] @ grams["value"][i, j] @ s_KEE[j]).transpose(-3, -2)
         values = values.flatten(3).flatten(1, 2)
-        lost.append(torch.stack([torch.linalg.eigvalsh(keys)[..., 0].sum(0),
-                                 torch.linalg.eigvalsh(values)[:, :e].sum(1)]))
-    lost = torch.cat(lost, dim=1)
-    lost = (lost / lost.mean(1, keepdim=True).clamp(min=1e-300)).sum(0)
+        keys, values = torch.linalg.eigvalsh(keys), torch.linalg.eigvalsh(values)
+        lost.append(torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)]))
+        energy.append(torch.stack([keys.sum((0, 2)), values.sum(1)]))
+    lost, energy = torch.cat(lost, dim=1), torch.cat(energy, dim=1).mean(1, keepdim=True)
+    # subtle: if nothing is lost, what is left is rounding: a 1e-12th of the energy counts as none.
+    lost = (lost / lost.mean(1, keepdim=True).clamp(min=1e-12 * energy + TINY)).sum(0)
     energy_KK = torch.zeros(k, k, dtype=torch.float64)
     energy_KK[pairs[:, 0], pairs[:, 1]] = lost
     return energy_KK + energy_KK.mT
@@ -1159,7 +1163,7 @@ def transform(
 def merge(weights: Mapping[str, Tensor], config: LlamaConfig, kv_heads: int) -> dict[str, Tensor]:
     """A block with each run of K/G neighbouring key and value heads averaged into one (eq. 25, 26).
 
-    Of untouched weights this is the mean-pooling of Ainslie et al. 2023; of aligned ones, ours.
+    Of untouched weights this is the mean-pooling of Ainslie et al. 2023.
     In float64 for the averaged tensors.
     """
     out = dict(weights)
@@ -1373,9 +1377,8 @@ def convert(
 def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) -> dict:
     """The work of `convert`: write the shards into `folder`, return what was measured.
 
-    rows, held_out: token ids (rows, T). method: the keywords of
-    `converted_blocks`. to: device and dtype
-    of the forward. Raises ValueError for weights or activations that are not finite.
+    rows, held_out: token ids (rows, T). method: the keywords of `converted_blocks`. to: device and
+    dtype of the forward. Raises ValueError for weights or activations that are not finite.
     """
     check_finite(outer_weights(weights))
     seconds, timed = stopwatch(to["device"])
@@ -1422,11 +1425,12 @@ def converted_blocks(
     document_BT: Tensor | None = None,
     timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Tensor], dict]]:
-    """Walk the blocks once: (its weights, the same aligned and in group order, converted, report).
+    """Walk the blocks once: (its weights, the same mapped and in group order, converted, report).
 
     `x_BTD` are the embedded calibration rows; they are moved on in place, block by block.
-    `document_BT` as in `Llama.forward`. Converted weights have the source's dtype; after a refit
-    there are no aligned ones: None.
+    `document_BT` as in `Llama.forward`. Mapped weights compute what the block's own do, except with
+    "linear", where the ways back are not exact; after a refit they are None. Converted weights have
+    the source's dtype. Raises ValueError for weights or activations that are not finite.
     """
     if refit and len(x_BTD) < 2:
         raise ValueError("a refit needs at least two rows of text to calibrate with")
@@ -1454,15 +1458,17 @@ def converted_blocks(
         with timed("calibrate"):
             run_block_(config, source, x_BTD, document_BT)
         if refit:
-            aligned = None  # a block in float64
+            aligned = None  # frees a block in float64
             with timed("refit"):
                 converted, layer["hidden_state_error"] = refit_block(
                     new_config, converted, converted_x, x_BTD, seed + i, document_BT)
                 run_block_(new_config, converted, converted_x, document_BT)
+            if not math.isfinite(layer["hidden_state_error"]["before"]):
+                raise ValueError(f"block {i}: its hidden states on this text are not finite")
         yield source, aligned, converted, layer
 
 
-REFIT_EPOCHS = 5  # ten leave 4 % less KL, of twice the time
+REFIT_EPOCHS = 5  # ten left 4 % less KL, for twice the time
 
 
 @torch.no_grad()
@@ -1480,8 +1486,8 @@ def refit_block(
     block learns to do without its own heads, and to mend what the blocks before it left wrong. The
     error is the mean of ‖y − wanted‖² / ‖wanted‖² over tokens, as the next norm sees it; otherwise
     the few tokens of large models that are a thousand times longer than the rest would decide
-    alone. Adam goes REFIT_EPOCHS times over the rows, but for the first tenth, which are held out:
-    if the error does not fall there, the block stays as it was.
+    alone. Adam goes REFIT_EPOCHS times over the rows, except the first tenth, which is held out: if
+    the error does not fall there, or is not finite, the block stays as it was.
     """
     with torch.device("meta"):
         block_of = functools.partial(torch.func.functional_call, Block(config))
@@ -1494,8 +1500,9 @@ def refit_block(
         return (square / wanted.square().sum(-1).clamp(min=1e-30)).mean()
 
     new = {name: wide(w).clone().requires_grad_() for name, w in weights.items()}
-    # Adam moves every entry of a matrix by its rate, and all move a sum over one input together:
-    # by a share of rms(W)/√columns they change the output by the same share at any width.
+    # A step of Adam moves each entry by about its rate, and a row's entries all in concert: its
+    # output by columns · rate, where unrelated entries make √columns · rms(W). So rms(W)/√columns
+    # is the same relative step at any width; 0.4 of it was best of 0.2, 0.4 and 0.8.
     rate = {name: 0.4 * (w.square().mean() / w.shape[-1]).sqrt().item() for name, w in new.items()}
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15)
@@ -1511,7 +1518,8 @@ def refit_block(
         adam.step()
         adam.zero_grad()
     new = {name: w.detach().to(weights[name].dtype) for name, w in new.items()}  # as written
-    before, after = (mean(error(w, row[None]).item() for row in held_out) for w in (weights, new))
+    before, after = (sum(len(rows) * error(w, rows).item() for rows in held_out.split(size))
+                     / len(held_out) for w in (weights, new))
     if not after < before:
         return dict(weights), {"before": before, "after": before}
     return new, {"before": before, "after": after}
@@ -1662,13 +1670,13 @@ def memory_needed(
 
 
 def seconds_needed(config, weights, rows, held_out, to, refit: bool) -> float:
-    """Seconds of a conversion, estimated: all its forwards, from the first block's on some tokens.
-
-    For a backward two forwards are counted; alignment is not.
+    """Estimated seconds of a conversion: a forward of the first block on some 512 tokens, times all
+    forwards that there will be. A backward counts as two, the sums for the Grams as 0.3.
     """
     seconds, timed = stopwatch(to["device"])
     block = read_block(weights, 0, to["device"])
     x_BTD = embed(weights, held_out[: max(1, 512 // held_out.shape[1]), :512], to)
+    x_BTD = wide(x_BTD) if refit else x_BTD
     for run in ("first", "second"):  # the first one wakes the device
         with timed(run):
             run_block_(config, block, x_BTD)
@@ -1694,14 +1702,14 @@ def sizes(config, new_config, weights, rows, held_out, dtype, refit) -> dict:
 def plan_line(report: Mapping) -> str:
     """One line: what a conversion will do, and the memory and disk it takes."""
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
+    memory, disk = (short(report[f"{n}_bytes"] / 1e9) for n in ("memory_estimate", "disk"))
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
         f"(align {method['align']}{', refit' * method['refit']}, group {method['group']}"
         + (f", metric {method['metric']}" if method["align"] != "linear" else "") + "); "
         f"{tokens['calibration']:,} tokens to calibrate, {tokens['held_out']:,} held out, in rows "
-        f"of {tokens['seq_len']:,}; about {report['memory_estimate_bytes'] / 1e9:.2g} GB of memory "
-        f"({report['forward']['device']}), {report['disk_bytes'] / 1e9:.2g} GB of disk and "
-        + duration(report["seconds_estimate"])
+        f"of {tokens['seq_len']:,}; about {memory} GB of memory ({report['forward']['device']}), "
+        f"{disk} GB of disk and {duration(report['seconds_estimate'])}"
     )
 
 
@@ -1709,7 +1717,12 @@ def duration(seconds: float) -> str:
     """Seconds, minutes or hours."""
     size, unit = next(x for x in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
                       if seconds >= 2 * x[0] or x[0] == 1)
-    return f"{seconds / size:.2g} {unit}"
+    return f"{short(seconds / size)} {unit}"
+
+
+def short(number: float) -> str:
+    """Two digits of a number, never with an exponent."""
+    return np.format_float_positional(float(f"{number:.2g}"), trim="-")
 
 
 @contextlib.contextmanager
@@ -1813,8 +1826,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seq-len", type=int, metavar="N",
         help="tokens a row (default: 2048, or the model's context if that is less)")
     add("--align", choices=CHOICES["align"], default="linear",
-        help="how heads are made to agree before they are averaged: by any map that leaves "
-        "the model unchanged (linear, the default), by rotations (the paper), or not at all")
+        help="how heads are made to agree before they are averaged: by maps onto the shared head "
+        "that serves them best (linear, the default), by rotations (the paper), or not at all")
     add("--group", choices=CHOICES["group"],
         help="group heads by this: the least energy lost, similarity of values or keys, or none "
         "(default: energy, value, adjacent for --align linear, rotation, none)")

@@ -1263,6 +1263,15 @@ def test_discarded_energy_of_pairs_is_what_sharing_loses():
         lost[1, i, j] = torch.linalg.svdvals(stacked)[6:].square().sum()
     wanted = sum(x / x.sum() * 6 for x in lost)
     torch.testing.assert_close(m.discarded_energy(grams, s_KEE), wanted + wanted.T)
+    grams["key"][:] = 1  # all keys the same: rounding is no loss
+    torch.testing.assert_close(m.discarded_energy(grams, s_KEE), (wanted - lost[0] / lost[0].sum()
+                               * 6) + (wanted - lost[0] / lost[0].sum() * 6).T, atol=1e-3, rtol=0)
+
+
+def test_plain_numbers():
+    assert [m.duration(s) for s in (1.23, 105, 119.9, 121, 7100, 7300, 543_210)] == [
+        "1.2 seconds", "100 seconds", "120 seconds", "2 minutes", "120 minutes", "2 hours",
+        "150 hours"]
 
 
 def block_of(config, weights, x_BTD):
@@ -1777,10 +1786,12 @@ def test_a_stopped_run_continues_bit_for_bit(
     done = len(read_metrics(out))
     assert not (out / "gqa").exists() and 10 <= done < 20
     (out / "checkpoints/partial_11").mkdir()  # what a kill in the middle of writing leaves
+    (out / ".mha2gqa-1").mkdir()
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"stage": "pru')
     for p in list(start_group(trained, out, processes)):
         assert "error" not in p.communicate()[0] and p.returncode == 0
+    assert not list(out.glob(".mha2gqa*"))
     found, wanted = read_metrics(out), read_metrics(whole)
     for record in (*found.values(), *wanted.values()):
         del record["tokens_per_second"]

@@ -749,7 +749,10 @@ def load_data(a: argparse.Namespace, config: mha2gqa.LlamaConfig) -> Data:
             else:
                 coded += found
         train.append(pack_examples(coded, seq_len, a.seed))
-    return Data(join_rows(train), held_out, dev)
+    rows = join_rows(train)
+    if len(train) > 1:  # calibration takes the first ones: of both kinds
+        rows = rows[epoch_order(len(rows), a.seed, 0)]
+    return Data(rows, held_out, dev)
 
 
 def split_text(model_dir, config, a, seq_len: int) -> tuple[Tensor, Tensor]:
@@ -884,7 +887,7 @@ def prepare(a: argparse.Namespace, report: dict, device, timed) -> Run:
     data = load_data(a, config)
     seq_len, n = data.train.tokens.shape[1], dist.get_world_size()
     size = max(1, a.batch_tokens // seq_len)
-    if len(data.train) < 1 + a.refit:
+    if a.refit and len(data.train) < 2:
         raise ValueError(f"a refit needs two rows of {seq_len} tokens, found {len(data.train)}; "
                          "more text, a smaller --seq-len, or --no-refit")
     if size % n:
@@ -901,11 +904,11 @@ def prepare(a: argparse.Namespace, report: dict, device, timed) -> Run:
         raise ValueError(f"{a.out}: checkpoints and models need {needed:,} bytes, {free:,} are free"
                          " on the disk")
     lr, mask_lr = run.rates(steps)
-    memory = (16 * student + compute_dtype(device).itemsize * teacher) / n
+    memory = (16 * student + compute_dtype(device).itemsize * teacher) / n / 1e9
     say(f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {a.kv_heads} KV heads;"
         f" {steps} steps of {size} rows of {seq_len} tokens, learning rate {lr:.1e}"
         + ("" if a.no_masks else f", of masks {mask_lr:.1e}")
-        + f"; {n} x {device.type}, {memory / 1e9:.2g} GB each for weights, gradients and Adam")
+        + f"; {n} x {device.type}, {mha2gqa.short(memory)} GB each for weights, gradients and Adam")
     report["kv_cache_bytes_per_token"] = {
         "source": mha2gqa.kv_cache_bytes(config, weights),
         "pruned": mha2gqa.kv_cache_bytes(new_config, weights)}
@@ -1129,7 +1132,7 @@ def claim(a: argparse.Namespace) -> dict:
             raise ValueError(f"{out}: holds a run with --{changed[0].replace('_', '-')} "
                              f"{before.get(changed[0])}, not {arguments[changed[0]]}; choose "
                              "another --out")
-        for half_written in (*out.glob(".gqa.*"), *out.glob(".teacher.*"), *out.glob(".source.*")):
+        for half_written in out.glob(".mha2gqa-*"):
             shutil.rmtree(half_written)
         return report
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
