@@ -686,7 +686,7 @@ def from_tokenizer_json(file: Path) -> Callable[[list[str]], list[list[int]]]:
     def encode(texts):
         try:
             return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-        except Exception as error:
+        except Exception as error:  # as above
             raise ValueError(f"{file}: cannot encode the text ({error})") from None
 
     return encode
@@ -1130,9 +1130,9 @@ def transform(
 
     Maps are in the new order, None leaves heads as they are. Values v → v q, hence Wv → qᵀ Wv, and
     what reads them goes back, v ≈ v q r: Wo → Wo rᵀ. Keys z_p → c_p z_p in plane p, and back by
-    a_p: queries z_p → conj(a_p) z_p. The ways back are the inverses r = q⁻¹ and a = 1/c
-    unless given: the block then computes the same, for any invertible q and any c but 0.
-    Attention weights come back in float64: only the last cast rounds.
+    a_p: queries z_p → conj(a_p) z_p. Ways back that are not given are the inverses r = q⁻¹
+    and a = 1/c: the block then computes the same, for any invertible q and any c but 0. Attention
+    weights come back in float64: only the last cast rounds.
     """
     k, e, order = config.num_key_value_heads, config.head_dim, torch.as_tensor(order_K)
     if value_maps_KEE is not None and value_back_KEE is None:
@@ -1468,7 +1468,7 @@ def converted_blocks(
         yield source, aligned, converted, layer
 
 
-REFIT_EPOCHS = 5  # ten left 4 % less KL, for twice the time
+REFIT_EPOCHS = 5  # ten take twice the time, and gain little
 
 
 @torch.no_grad()
@@ -1502,7 +1502,7 @@ def refit_block(
     new = {name: wide(w).clone().requires_grad_() for name, w in weights.items()}
     # A step of Adam moves each entry by about its rate, and a row's entries all in concert: its
     # output by columns · rate, where unrelated entries make √columns · rms(W). So rms(W)/√columns
-    # is the same relative step at any width; 0.4 of it was best of 0.2, 0.4 and 0.8.
+    # is the same relative step at any width; how much of it, and how many tokens a step, was tried.
     rate = {name: 0.4 * (w.square().mean() / w.shape[-1]).sqrt().item() for name, w in new.items()}
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15)
