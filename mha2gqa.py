@@ -1,24 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# mha2gqa, one file to copy into your project. It comes from the project mha2gqa, which has its
+# tests, a trainer (train_gqa.py) and the text of its licence. Please leave these lines in a copy.
 """mha2gqa: turn a multi-head-attention LLaMA checkpoint into a grouped-query-attention one.
 
     python mha2gqa.py MODEL OUT --kv-heads 8 --text c4.jsonl
 
-In multi-head attention (MHA) every query head has a key and a value head of its own, and all of
-them wait in the KV cache. In grouped-query attention (GQA) a group of query heads shares one key
-and one value head. The plain way from one to the other is to average the heads of a group
-(Ainslie et al. 2023); it hurts, because the heads of a trained model live in bases that have
-nothing to do with each other. But a head's basis is arbitrary: turn its values and turn the output
-projection back, turn its keys and its queries alike, and the model computes the same. So, after
-"Align Attention Heads Before Merging Them" (Jin et al. 2024, arXiv 2412.20677), this file
+In multi-head attention (MHA) every query head has a key head and a value head of its own, and the
+KV cache holds all of them. In grouped-query attention (GQA) a group of query heads shares one key
+head and one value head. The simplest conversion averages the heads of each group (mean-pooling,
+Ainslie et al. 2023). It loses much, because the heads of a trained model live in unrelated bases.
+But the basis of a head is arbitrary. Rotate its values and rotate the output projection back, or
+rotate its keys and its queries together: the model computes the same. So "Align Attention Heads
+Before Merging Them" (Jin et al. 2024, arXiv 2412.20677, "the paper" below) rotates the heads of a
+group until they agree, and only then averages them.
 
-    reads a checkpoint (1) into a LLaMA (2), sums up keys and values on some text (3), finds the
-    maps under which heads agree best (4), puts heads that agree into groups (5), maps them,
-    averages them (6), trains each block so that it leads to the source's hidden states again, and
-    writes a plain GQA checkpoint, block by block (9).
+Rotations are not all that leaves a model unchanged. The default here goes one step further, to
+linear maps, and then trains each converted block to reproduce the source's hidden states.
 
-The paper's maps are rotations (`generalized_procrustes`), and it does not train blocks. Rotations
-are not all that leaves the model unchanged: `shared_keys` and `shared_values` go one step further.
+The map of this file:
 
-Two things in one file for the trainer beside it: the masks (7) and the losses (8).
+     1  the model               LLaMA, with the parameter names of its checkpoints
+     2  statistics              Gram matrices of keys and values on calibration text
+     3  alignment               the maps under which heads agree best
+     4  grouping                which heads share
+     5  map and merge           apply the maps to a block's weights, average the heads of a group
+     6  masks and losses        what the trainer beside this file needs; the conversion does not
+     7  the walk and the refit  one block after the other: align, merge, train it to fit
+     8  convert and evaluate    the two things that this file is for
+        --- a reader may stop here: the rest has no more ideas of the method ---
+     9  checkpoints             reading and writing Hugging Face directories
+    10  text and tokenizers     from files to rows of token ids
+    11  report, command line
 
 Shape suffixes: B batch, T time, N calibration tokens, L layers, D hidden, H query heads, K source
 KV heads, G target KV heads, M units a group, Q query heads a unit, E head dim, P = E/2 RoPE planes,
@@ -27,9 +39,9 @@ A *unit* is one source KV head with the Q = H/K query heads that read it; a grou
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
-import functools
 import gzip
 import json
 import lzma
@@ -40,49 +52,51 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PathLike = str | os.PathLike
+__version__ = "0.2.0"
+__all__ = [
+    "LlamaConfig", "Llama", "Block", "at_least_float32",
+    "BlockStatistics", "block_statistics", "value_gram", "key_gram",
+    "procrustes", "rope_procrustes", "generalized_procrustes", "shared_keys", "shared_values",
+    "head_similarity", "discarded_energy", "anneal_groups",
+    "HeadMaps", "transform", "merge",
+    "hard_concrete", "open_probability", "l0_loss", "kl_loss", "bild_loss",
+    "Method", "ConvertedBlock", "converted_blocks", "refit_block", "learning_rate", "gqa_config",
+    "embed", "read_block",
+    "Corpus", "convert", "evaluate",
+    "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_weights",
+    "non_block_weights", "read_json", "write_json",
+    "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
+    "kv_cache_bytes", "gigabytes", "peak_memory", "Stopwatch", "progress", "ArgumentParser",
+    "add_method_arguments", "method_of_arguments", "end_like_ctrl_c",
+]
 
-# ---- 1 config and checkpoints --------------------------------------------------------------------
+PathLike = str | os.PathLike[str]
+Weights = Mapping[str, Tensor]  # by parameter name; of one block, named as in `Block`
 
-# The block of these model types is LLaMA's. Qwen2 has biases on q, k and v by definition.
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-# What other architectures call the tensors that this one does not have.
-FOREIGN_TENSORS = {
-    "QK-norm": ("q_norm", "k_norm"),
-    "fused qkv": ("qkv_proj", "W_pack", "c_attn", "query_key_value"),
-    "multi-head latent attention (MLA)": ("kv_a_proj",),
-    "quantised weights": ("qweight", "weight_scale"),
-}
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-          "chat_template*", "generation_config.json", "LICENSE*")
+# ---- 1 the model ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """A model's shape; the fields are config.json's own keys (defaults: transformers' for llama).
 
-    `num_key_value_heads` None means MHA, `head_dim` None means hidden_size / num_attention_heads.
-    `rope_scaling` is None or a dict with `rope_type` linear or llama3 and that type's fields.
-    `raw` is config.json as it was read: `to_json` gives it back with its unknown keys.
+    `num_key_value_heads` 0 becomes num_attention_heads, which is MHA; `head_dim` 0 becomes
+    hidden_size / num_attention_heads.
+    `rope_scaling` is None or a mapping with `rope_type` linear or llama3 and that type's fields.
+    `raw` is config.json as it was read, so that unknown keys can be written back.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -91,12 +105,13 @@ class LlamaConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    _: dataclasses.KW_ONLY
+    num_key_value_heads: int = 0
+    head_dim: int = 0
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Mapping | None = None
+    rope_scaling: Mapping[str, Any] | None = None
     hidden_act: str = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -104,32 +119,17 @@ class LlamaConfig:
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_id: int | Sequence[int] | None = None
-    raw: Mapping = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    raw: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.type in (int, float, bool):
-                check_type(field.name, getattr(self, field.name), field.type)
         for name, default in (("num_key_value_heads", self.num_attention_heads),
                               ("head_dim", self.hidden_size // self.num_attention_heads)):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-            check_type(name, getattr(self, name), int)
-        check_type("num_attention_heads * head_dim", self.num_attention_heads * self.head_dim, int)
+            object.__setattr__(self, name, getattr(self, name) or default)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads {self.num_key_value_heads} does not divide "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                             f"num_attention_heads {self.num_attention_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but RoPE needs an even one")
-        if not all(type(i) is int and 0 <= i < self.vocab_size for i in self.eos_token_ids):
-            raise ValueError(f"eos_token_id is {self.eos_token_id!r}, expected token ids or null")
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        ids = self.eos_token_id
-        return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
     @property
     def qkv_bias(self) -> bool:
@@ -143,373 +143,66 @@ class LlamaConfig:
     def ffn_bias(self) -> bool:
         return self.model_type == "llama" and self.mlp_bias
 
-    def to_json(self) -> dict:
-        """The content of config.json: what was read, with only num_key_value_heads changed."""
-        if self.raw:
-            return {**self.raw, "num_key_value_heads": self.num_key_value_heads}
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["raw"]
-        if self.model_type == "mistral":
-            fields["sliding_window"] = None
-        return {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], **fields}
-
-
-def check_type(name: str, value, kind: type) -> None:
-    """Raise ValueError unless value is a bool, a positive finite number, or an int below 10^9."""
-    if kind is bool:
-        fits = isinstance(value, bool)
-    else:
-        fits = type(value) in (int, kind) and 0 < value < (10**9 if kind is int else math.inf)
-    if not fits:
-        expected = {int: "a positive integer", float: "a positive number", bool: "true or false"}
-        raise ValueError(f"{name} is {value!r}, expected {expected[kind]}")
-
-
-def parse_config(raw: Mapping) -> LlamaConfig:
-    """The config of a parsed config.json; raises ValueError that names what is not supported."""
-    refuse_unsupported(raw)
-    # Old files keep rope_theta at the top and the rest in rope_scaling, new ones all in
-    # rope_parameters; transformers lets rope_scaling win, and the nested rope_theta.
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    kind = rope.setdefault("rope_type", rope.get("type", "default"))
-    if str(kind) not in ROPE_FIELDS:
-        raise ValueError(f"not supported: rope type {kind!r} (supported: {', '.join(ROPE_FIELDS)})")
-    for name in ROPE_FIELDS[kind]:
-        check_type(f"{name} of rope type {kind!r}", rope.get(name), float)
-    known = {f.name for f in dataclasses.fields(LlamaConfig)} - {"raw", "rope_scaling"}
-    fields = {name: raw[name] for name in known if raw.get(name) is not None}
-    fields["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads")
-    if absent := [name for name in required if name not in fields]:
-        raise ValueError(f"no {', '.join(absent)}")
-    return LlamaConfig(**fields, rope_scaling=None if kind == "default" else rope, raw=raw)
-
-
-def refuse_unsupported(raw: Mapping) -> None:
-    """Raise ValueError for what makes a model another one than LLaMA's block computes."""
-    kind = raw.get("model_type")
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    layer_types = raw.get("layer_types") or []
-    for value, kind_wanted in ((rope, Mapping), (layer_types, list)):
-        if not isinstance(value, kind_wanted):
-            raise ValueError(f"found {value!r} where config.json has an object or a list")
-    # subtle: a mistral config without the key has a window of 4096 in transformers.
-    window = kind == "mistral" and raw.get("sliding_window", 4096) is not None
-    window |= kind == "qwen2" and bool(raw.get("use_sliding_window"))
-    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1
-    found = {
-        f"model_type {kind!r} (supported: {', '.join(MODEL_TYPES)})": kind not in MODEL_TYPES,
-        f"hidden_act {raw.get('hidden_act')!r} (supported: silu)":
-            raw.get("hidden_act", "silu") != "silu",
-        "quantised weights (quantization_config)": bool(raw.get("quantization_config")),
-        "QK-norm": any(raw.get(key) for key in ("use_qk_norm", "qk_norm", "qk_layernorm")),
-        "multi-head latent attention (MLA)": bool(raw.get("kv_lora_rank")),
-        "partial rotary embedding": partial != 1,
-        "one RoPE for each layer type": any(isinstance(v, Mapping) for v in rope.values()),
-        "sliding window (a mistral model without one has sliding_window null)":
-            window or layer_types != ["full_attention"] * len(layer_types),
-    }
-    for what, is_there in found.items():
-        if is_there:
-            raise ValueError(f"not supported: {what}")
-
-
-def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """Read a Hugging Face model directory: `(config, weights)`, weights by parameter name.
-
-    The tensors are mapped from their files, so that a page is read when it is first used and
-    costs no anonymous memory: take what you need, when you need it. Names and shapes are those
-    of `Llama(config)`; left-over `rotary_emb.inv_freq` and a stored copy of tied embeddings are
-    dropped.
-    Raises ValueError, with the file and what to do, for anything that is not such a checkpoint.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such directory (MODEL is one on this machine)")
-    raw = read_json(folder / "config.json")
-    try:
-        config = parse_config(raw)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    weights = {}
-    for file in weight_files(folder):
-        weights |= read_tensors(file)
-    try:
-        weights = tidy_weights(config, weights)
-        check_weights(config, weights)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    return config, weights
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file; raises ValueError with the file's name if there is none."""
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a JSON object")
-    return value
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's weight files: safetensors if there are any, else pytorch_model*.bin."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / f"{name}.index.json").is_file():
-            return indexed_files(folder / f"{name}.index.json")
-        if (folder / name).is_file():
-            return [folder / name]
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return files
-    raise ValueError(f"{folder}: no *.safetensors and no pytorch_model*.bin")
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """The files that an index of shards names; raises ValueError if one lies elsewhere."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: expected a weight_map of names to files")
-    for name in weight_map.values():
-        # By name, not by resolved path: a hub cache is full of honest symbolic links.
-        if not isinstance(name, str) or name in ("", "..") or "\0" in name:
-            raise ValueError(f"{index}: {name!r} is not the name of a file")
-        if Path(name).name != name:
-            raise ValueError(f"{index}: {name!r} is outside the directory")
-    return [index.with_name(name) for name in sorted(set(weight_map.values()))]
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of one weight file, mapped and not read."""
-    from safetensors.torch import load_file
-
-    if not os.access(file, os.R_OK):
-        raise ValueError(f"{file}: missing or not readable; download it again")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        mapped = zipfile.is_zipfile(file)  # older files, which are no archives, are read whole
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        if not all(isinstance(n, str) and w.layout == torch.strided for n, w in tensors.items()):
-            raise TypeError("it holds other things")
-        return dict(tensors)
-    except Exception as error:  # a broken file can make torch.load raise almost anything
-        reason = re.split(r"[.\n]", str(error).strip())[0] or type(error).__name__
-        raise ValueError(f"{file}: truncated, corrupt or not a plain file of tensors ({reason}); "
-                         "download it again, as safetensors if there are") from None
-
-
-def tidy_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without what old files carry along; one name for tied embeddings."""
-    weights = {n: w for n, w in weights.items() if not n.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and "lm_head.weight" in weights:
-        # A file may hold both of the tied tensors, or only one of them, under either name.
-        head = weights.pop("lm_head.weight")
-        embedding = weights.setdefault("model.embed_tokens.weight", head)
-        if embedding.dtype != head.dtype or not torch.equal(embedding, head):
-            raise ValueError(
-                "tie_word_embeddings is true, but lm_head.weight differs from "
-                "model.embed_tokens.weight; set it to false, or remove lm_head.weight"
-            )
-    # A .bin file can hold two names of one tensor; in a safetensors file each has bytes of its own.
-    owners = {w.data_ptr(): n for n, w in weights.items()}
-    return {n: w if owners[w.data_ptr()] == n else w.clone() for n, w in weights.items()}
-
-
-def check_weights(config: LlamaConfig, weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the names, shapes and dtypes are those of `Llama(config)`."""
-    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
-    if len(layers) != config.num_hidden_layers:
-        raise ValueError(f"{len(layers)} layers among the weights, but num_hidden_layers is "
-                         f"{config.num_hidden_layers} in config.json")
-    with torch.device("meta"):
-        expected = {name: p.shape for name, p in Llama(config).named_parameters()}
-    for name in weights.keys() - expected.keys():
-        for what, parts in FOREIGN_TENSORS.items():
-            if any(part in name for part in parts):
-                raise ValueError(f"not supported: {what} ({name})")
-    for what, names in (
-        ("unknown tensor", weights.keys() - expected.keys()),
-        ("missing tensor", expected.keys() - weights.keys()),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{what} {min(names)}{more}; is config.json this checkpoint's?")
-    for name, shape in expected.items():
-        dtype, found = weights[name].dtype, weights[name].shape
-        if dtype not in FLOATS:
-            raise ValueError(f"tensor {name} is {dtype}, expected float16, bfloat16 or float32")
-        if found != shape:
-            raise ValueError(f"tensor {name} has shape {list(found)}, expected {list(shape)} "
-                             "from config.json")
-
-
-def save_checkpoint(
-    path: PathLike,
-    config: LlamaConfig,
-    weights: Mapping[str, Tensor],
-    tokenizer_from: PathLike | None = None,
-) -> None:
-    """Write a Hugging Face directory: a safetensors shard for each block, index, config.json.
-
-    `tokenizer_from` is a directory whose tokenizer and generation files are copied. `path` is there
-    whole or not at all: all is written into a sibling and renamed. Raises ValueError if `path`
-    exists and is not empty or the disk is too small, OSError if writing fails.
-    """
-    check_weights(config, weights)
-    blocks = [block_weights(weights, i) for i in range(config.num_hidden_layers)]
-    with new_directory(path, n_bytes(weights.values())) as folder:
-        for i, block in enumerate(blocks):
-            save_shard(folder, config, i, {block_prefix(i) + n: w for n, w in block.items()})
-        save_shard(folder, config, len(blocks), outer_weights(weights))
-        finish_checkpoint(folder, config, tokenizer_from)
-
-
-def block_prefix(i: int) -> str:
-    """What the names of block i's tensors begin with."""
-    return f"model.layers.{i}."
-
-
-def block_weights(weights: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
-    """The weights of block i, named as the block itself names them."""
-    prefix = block_prefix(i)
-    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-
-
-def outer_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Embedding, last norm and head."""
-    return {n: w for n, w in weights.items() if not n.startswith("model.layers.")}
-
-
-def n_bytes(tensors) -> int:
-    """Bytes of some tensors together."""
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def save_shard(folder: Path, config: LlamaConfig, i: int, weights: Mapping[str, Tensor]) -> None:
-    """Write shard i of L + 1: block i, or for i = L what stands outside the blocks."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    file = folder / f"model-{i + 1:05d}-of-{config.num_hidden_layers + 1:05d}.safetensors"
-    try:
-        save_file({n: w.contiguous().cpu() for n, w in weights.items()}, file, {"format": "pt"})
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        raise OSError(f"{file}: cannot be written ({error})") from None
-
-
-def finish_checkpoint(folder: Path, config: LlamaConfig, tokenizer_from=None) -> None:
-    """Write the index of the shards in `folder` and config.json; copy the tokenizer's files."""
-    from safetensors import safe_open
-
-    weight_map, total = {}, 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as shard:
-            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-        weight_map |= dict.fromkeys(tensors, file.name)
-        total += n_bytes(tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / "config.json", config.to_json())
-    for file in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
-        shutil.copymode(folder / "config.json", file)
-    for pattern in COPIED if tokenizer_from else ():
-        for file in sorted(Path(tokenizer_from).glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-
-
-def write_json(file: Path, value) -> None:
-    """Write a value as an indented JSON file."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def check_new_directory(path: PathLike, size: int) -> Path:
-    """`path` without links; ValueError unless a directory of `size` bytes can be made there."""
-    path = Path(os.path.realpath(path))
-    if path.is_symlink():  # still: it leads back to itself
-        raise ValueError(f"{path}: a link to itself; choose another one")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: exists and is not an empty directory; choose another one")
-    if path.is_mount() or path == Path.cwd():
-        raise ValueError(f"{path}: cannot be replaced; choose a new directory inside of it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path.parent}: no such directory, or no permission to write into it")
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise ValueError(f"{path.parent}: {size:,} bytes are needed, {free:,} are free on the disk")
-    return path
-
-
-@contextlib.contextmanager
-def new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
-    """A directory to write into: it becomes `path` if the with block ends well, or else vanishes.
-
-    Raises ValueError as `check_new_directory` says.
-    """
-    path = check_new_directory(path, size)
-    temporary = path.with_name(f".mha2gqa-{time.time_ns():x}")
-    try:
-        temporary.mkdir()  # within the try: a signal can come the moment it returns
-        yield temporary
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-# ---- 2 the model ---------------------------------------------------------------------------------
-
 
 class Llama(nn.Module):
     """LLaMA with the parameter names of its Hugging Face checkpoints, MHA or GQA.
 
-    `Llama(config).load_state_dict(weights)` takes what `load_checkpoint` gave; `model(tokens_BT)`
-    gives logits_BTV for token ids of int64. There is nothing to switch with `.eval()`.
+    `Llama(config).load_state_dict(weights)` takes what `load_checkpoint` returned; `model(tokens)`
+    gives logits (B, T, V) for token ids (B, T) of int64. There is no dropout, so train and eval
+    mode are the same.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.model.norm = RMSNorm(config)
+        self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, tokens_BT: Tensor, document_BT: Tensor | None = None, logits: bool = True
+        self, tokens_BT: Tensor, document_BT: Tensor | None = None,
+        readout: Callable[[Tensor, Tensor], Tensor] = F.linear
     ) -> Tensor:
-        """Logits (B, T, V), or with `logits=False` the normed hidden states (B, T, D) below them.
+        """Logits (B, T, V); or whatever `readout(hidden_BTD, head_VD)` makes of the hidden states.
 
         `document_BT` numbers the documents of packed rows: attention and positions then never
-        cross from one document into its neighbour. None: each row is one document.
+        cross from one document into the next. None: each row is one document.
+        `readout` is for losses that must not hold all logits at once. It runs within the forward
+        because FSDP gathers the head's weight only there.
         """
-        x_BTD = self.model.embed_tokens(tokens_BT)
-        rope, mask = rope_and_mask(self.config, x_BTD, document_BT)
-        for block in self.model.layers:
-            x_BTD = block(x_BTD, rope, mask)
-        x_BTD = self.model.norm(x_BTD)
-        if not logits:
-            return x_BTD
-        return F.linear(x_BTD, self.head.weight)
+        return readout(self.model(tokens_BT, document_BT), self.head_weight)
 
     @property
-    def head(self) -> nn.Module:
-        """The module whose weight (V, D) makes logits of hidden states."""
-        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+    def head_weight(self) -> Tensor:
+        """The weight (V, D) that makes logits of hidden states."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+
+class Decoder(nn.Module):
+    """What checkpoints call `model`: the embedding, the blocks and the last norm."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+
+    def forward(self, tokens_BT, document_BT=None):
+        x_BTD = self.embed_tokens(tokens_BT)
+        rope, mask = _rope_and_mask(self.config, x_BTD, document_BT)
+        for block in self.layers:
+            x_BTD = block(x_BTD, rope, mask)
+        return self.norm(x_BTD)
 
 
 class Block(nn.Module):
+    """One layer: attention, then MLP, each added to the hidden states."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
+        self.config = config
         self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config)
@@ -537,8 +230,8 @@ class Attention(nn.Module):
         def heads(y):  # (B, T, heads·E) -> (B, heads, T, E)
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        q_BHTE = apply_rope(heads(self.q_proj(x_BTD)), rope)
-        k_BKTE = apply_rope(heads(self.k_proj(x_BTD)), rope)
+        q_BHTE = _apply_rope(heads(self.q_proj(x_BTD)), rope)
+        k_BKTE = _apply_rope(heads(self.k_proj(x_BTD)), rope)
         y_BHTE = F.scaled_dot_product_attention(
             q_BHTE, k_BKTE, heads(self.v_proj(x_BTD)), mask, is_causal=mask is None, enable_gqa=True
         )
@@ -564,22 +257,22 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x of length 1 a dimension on average, times the weight (Zhang and Sennrich 2019)."""
-    y = wide(x)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight · x / √(mean x² + eps) (Zhang and Sennrich 2019)."""
+    y = at_least_float32(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in float32 at least."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32; a float64 tensor stays as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
+def _inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
     """RoPE's θ_p (P,), radians a position, in float32 as transformers has them."""
     exponent_P = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     theta_P = 1.0 / config.rope_theta**exponent_P
@@ -587,7 +280,7 @@ def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
     if rope.get("rope_type") == "linear":
         return theta_P / rope["factor"]
     if rope.get("rope_type") == "llama3":
-        # Long waves are slowed by the factor, short ones kept, those between blended.
+        # Long waves are slowed down by the factor, short ones kept, those between blended.
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns_P = rope["original_max_position_embeddings"] * theta_P / (2 * math.pi)
         keep_P = ((turns_P - low) / (high - low)).clamp(0, 1)
@@ -595,11 +288,11 @@ def inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
     return theta_P
 
 
-def rope_and_mask(config: LlamaConfig, x_BTD: Tensor, document_BT: Tensor | None = None):
+def _rope_and_mask(config: LlamaConfig, x_BTD: Tensor, document_BT: Tensor | None = None):
     """((cos, sin) of shape (B or 1, 1, T, P), attention mask (B, 1, T, T) or None if just causal).
 
-    subtle: computed here from the config at every call, since a buffer would be lost on the way
-    meta device -> to_empty -> load, and angles rounded to bf16 would be wrong.
+    subtle: computed from the config at every call. A buffer would be lost on the way meta device ->
+    to_empty -> load, and angles rounded to bf16 would be wrong.
     """
     time_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
     position_BT, mask = time_T[None], None
@@ -607,20 +300,1458 @@ def rope_and_mask(config: LlamaConfig, x_BTD: Tensor, document_BT: Tensor | None
         same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
         position_BT = time_T - same_BTT.byte().argmax(-1)  # argmax: the document's first column
         mask = (same_BTT & (time_T[:, None] >= time_T))[:, None]
-    angle = position_BT[:, None, :, None].float() * inverse_frequencies(config, x_BTD.device)
+    angle = position_BT[:, None, :, None].float() * _inverse_frequencies(config, x_BTD.device)
     return (angle.cos().to(x_BTD.dtype), angle.sin().to(x_BTD.dtype)), mask
 
 
-def apply_rope(x_BHTE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn plane p, the complex number x_p + i·x_(p + E/2), by exp(i·position·θ_p)."""
+def _apply_rope(x_BHTE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate plane p, the complex number x_p + i·x_(p + E/2), by exp(i·position·θ_p)."""
     (x, y), (cos, sin) = x_BHTE.chunk(2, dim=-1), rope
     return torch.cat([x * cos - y * sin, y * cos + x * sin], dim=-1)
 
 
-# ---- 3 calibration -------------------------------------------------------------------------------
+# ---- 2 statistics --------------------------------------------------------------------------------
+
+# No cache of keys or values is ever stored: alignment needs only their inner products, summed over
+# the calibration tokens. That is K² blocks of E × E, however many tokens there are.
 
 
-def read_documents(path: PathLike) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class BlockStatistics:
+    """What the alignment of a block needs to know, on the CPU in float64.
+
+    key_PKK: Σ_n z_i[n] conj(z_j[n]) in each RoPE plane, complex. value_KKEE: Σ_n v_i[n]ᵀ v_j[n],
+    vectors as rows. query_KP: Σ_n |q[n]|² over the query heads of each unit, in each plane.
+    output_KEE: S_i = (Σ WoᵀWo)^½ over the query heads of each unit; ‖v S_i‖ is the length of what
+    the output projection makes of a value v. n_tokens: how many tokens the sums are over.
+    """
+
+    key_PKK: Tensor
+    value_KKEE: Tensor
+    query_KP: Tensor
+    output_KEE: Tensor
+    n_tokens: int
+
+    def overflows(self) -> str | None:
+        """The first of "keys", "values", "queries" whose sums are not finite, or None."""
+        sums = {"keys": self.key_PKK, "values": self.value_KKEE, "queries": self.query_KP}
+        return next((n for n, x in sums.items() if not torch.isfinite(x.abs().sum())), None)
+
+
+def block_statistics(
+    config: LlamaConfig, weights: Weights, x_BTD: Tensor, metric: str = "dist"
+) -> BlockStatistics:
+    """The statistics of a block on the hidden states that enter it.
+
+    weights: the block's, named as in `Block`. metric: "cos" first scales every key and value vector
+    to length 1 (eq. 7, 8), "dist" does not. Some thousand tokens are multiplied in float32 at
+    least, and their products summed up in float64.
+    """
+    sums: dict[str, Tensor] = {}
+    for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
+        y_BTD = _rms_norm(rows, weights["input_layernorm.weight"].to(rows), config.rms_norm_eps)
+        for name, gram in (("q_proj", _query_power), ("k_proj", key_gram), ("v_proj", value_gram)):
+            weight = weights[f"self_attn.{name}.weight"]
+            bias = weights.get(f"self_attn.{name}.bias")
+            heads = F.linear(y_BTD, weight.to(rows), None if bias is None else bias.to(rows))
+            heads_NKE = at_least_float32(heads).flatten(0, 1).unflatten(-1, (-1, config.head_dim))
+            if metric == "cos" and name != "q_proj":
+                heads_NKE = F.normalize(heads_NKE, dim=-1)
+            products = gram(heads_NKE)
+            sums[name] = sums.get(name, 0) + products.to(
+                torch.promote_types(products.dtype, torch.float64))
+    query_KP = sums["q_proj"].unflatten(0, (config.num_key_value_heads, -1)).sum(1)
+    # To the CPU: that is where hundreds of small decompositions are fast.
+    return BlockStatistics(sums["k_proj"].cpu(), sums["v_proj"].cpu(), query_KP.cpu(),
+                           _output_root(config, weights).cpu(), x_BTD[..., 0].numel())
+
+
+def value_gram(v_NKE: Tensor) -> Tensor:
+    """Gram blocks C_ij = Σ_n v_i[n]ᵀ v_j[n] of all pairs of heads: (K, K, E, E)."""
+    n, k, e = v_NKE.shape
+    v = v_NKE.reshape(n, k * e)
+    return (v.T @ v).view(k, e, k, e).transpose(1, 2)
+
+
+def key_gram(k_NKE: Tensor) -> Tensor:
+    """Hermitian M_p[i, j] = Σ_n z_i[n] conj(z_j[n]) of each RoPE plane: complex (P, K, K).
+
+    z_p = k_p + i·k_(p + E/2). It is the same before and after RoPE, which multiplies the keys of
+    all heads by the same phase.
+    """
+    z_PKN = torch.complex(*k_NKE.chunk(2, dim=-1)).permute(2, 1, 0)
+    return z_PKN @ z_PKN.mH
+
+
+def _query_power(q_NHE: Tensor) -> Tensor:
+    """Σ_n |q|² (H, P) of each head in each RoPE plane."""
+    x, y = q_NHE.chunk(2, dim=-1)
+    return x.square().sum(0) + y.square().sum(0)
+
+
+def _output_root(config: LlamaConfig, weights: Weights) -> Tensor:
+    """S_i = (Σ WoᵀWo)^½ (K, E, E) over the query heads of a unit: ‖v S_i‖ = ‖v Woᵀ‖ for one."""
+    heads = (config.num_key_value_heads, -1, config.head_dim)
+    wo_KQED = weights["self_attn.o_proj.weight"].double().mT.unflatten(0, heads)
+    value, vector = torch.linalg.eigh((wo_KQED @ wo_KQED.mT).sum(1))
+    root = value.clamp(min=1e-12 * value.max() + 1e-30).sqrt()  # not 0: it will be inverted
+    return (vector * root[..., None, :]) @ vector.mT
+
+
+# ---- 3 alignment ---------------------------------------------------------------------------------
+
+# What may be changed without changing the model: the values of a unit may be multiplied by any
+# invertible matrix, if Wo is multiplied by its inverse. For keys the map must commute with RoPE, or
+# scores would depend on the position: in each plane only multiplication by a complex number does.
+
+
+def _polar(a: Tensor) -> Tensor:
+    """The unitary q of shape (…, E, E) with the greatest Re⟨a, q⟩: U Vᴴ of a = U S Vᴴ.
+
+    For a single complex number, which a head is in a RoPE plane, it is the phase a/|a|.
+    """
+    if a.is_complex() and a.shape[-1] == 1:
+        return torch.polar(torch.ones_like(a.real), a.angle())
+    u, _, vh = torch.linalg.svd(a)
+    return u @ vh
+
+
+def procrustes(a_NE: Tensor, b_NE: Tensor) -> Tensor:
+    """The orthogonal map that takes one matrix closest to another.
+
+        q = argmin ‖a q − b‖ over qᵀq = 1  =  U Vᵀ,  where aᵀ b = U S Vᵀ
+
+    (Schönemann 1966; eq. 5, 6.) Returns q (E, E), of either determinant. Raises ValueError unless a
+    and b are matrices of one shape.
+
+    >>> a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    >>> q = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    >>> torch.allclose(procrustes(a, a @ q), q, atol=1e-6)
+    True
+    """
+    _check_pair(a_NE, b_NE)
+    return _polar(a_NE.mT @ b_NE)
+
+
+def rope_procrustes(a_NE: Tensor, b_NE: Tensor) -> Tensor:
+    """The same among the rotations that commute with RoPE, one angle α_p for each plane.
+
+        α_p = argmin Σ_n |exp(iα_p) a_p[n] − b_p[n]|²  =  arg Σ_n b_p[n] conj(a_p[n])
+
+    (eq. 14.) Plane p is the complex number of dimensions (p, p + E/2), as in Hugging Face
+    checkpoints. Returns q (E, E) for a q ≈ b. Raises ValueError unless a and b are matrices of one
+    shape with an even E.
+
+    >>> a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    >>> reflected = a * torch.tensor([1.0, -1.0])  # no rotation of the plane can undo it
+    >>> torch.linalg.det(rope_procrustes(a, reflected)).round()
+    tensor(1.)
+    """
+    _check_pair(a_NE, b_NE)
+    if a_NE.shape[1] % 2:
+        raise ValueError(f"E is {a_NE.shape[1]}, but RoPE needs an even one")
+    gram_P22 = key_gram(torch.stack([b_NE, a_NE], dim=1))
+    c_P = _polar(gram_P22[:, 0, 1, None, None]).flatten()
+    cos, sin = c_P.real.diag(), c_P.imag.diag()
+    return torch.cat([torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)])
+
+
+def _check_pair(a_NE: Tensor, b_NE: Tensor) -> None:
+    """Raise ValueError unless both are matrices (N, E)."""
+    if a_NE.ndim != 2 or a_NE.shape != b_NE.shape:
+        found = f"{list(a_NE.shape)} and {list(b_NE.shape)}"
+        raise ValueError(f"expected two matrices (N, E) of one shape, found {found}")
+
+
+def _as_heads_of_dim_1(gram_PMM: Tensor) -> Tensor:
+    """(…, P, M, M) → (…, P, M, M, 1, 1): a RoPE plane is a head of one complex number.
+
+    Conjugated, because C_ij = X_iᴴ X_j = Σ conj(z_i) z_j, whereas `key_gram` is Σ z_i conj(z_j).
+    """
+    return gram_PMM.conj()[..., None, None]
+
+
+def _inner_products(gram: Tensor, maps: Tensor) -> Tensor:
+    """Re⟨Y_i, Y_j⟩ (…, M, M) of the mapped heads Y_i = X_i q_i: Re tr(q_iᴴ C_ij q_j)."""
+    left = maps.mH[..., :, None, :, :] @ gram  # (…, M, M, E, E)
+    return (left * maps.mT[..., None, :, :, :]).sum((-1, -2)).real
+
+
+def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Tensor]:
+    """Rotate the M heads of a group so that they agree best (algorithm 1, in Gram space).
+
+        maximise  Σ_(i<j) ⟨X_i q_i, X_j q_j⟩  =  Σ_(i<j) tr(q_iᵀ C_ij q_j),   C_ij = X_iᵀ X_j
+        one round, for each head in turn:  q_i ← U Vᵀ,  where Σ_(j≠i) C_ij q_j = U S Vᵀ
+
+    gram: C_ij as (…, M, M, E, E), real; or with rope=True Σ_n z_i conj(z_j) as (…, P, M, M),
+    complex, where each plane is a problem of its own. Leading dimensions are separate problems.
+    Returns (maps, history). maps: (…, M, E, E) orthogonal, X_i q_i agree; or (…, P, M) complex of
+    modulus 1, c_i z_i agree; the first head's map is the identity. history: the objective
+    (rounds + 1, …) or (rounds + 1, …, P), which never falls. Raises ValueError for another shape.
+
+    Each update is the exact maximum in that head's map. Algorithm 1 of the paper rotates all heads
+    onto one mean that contains them; it climbs as surely, but takes several times as many rounds.
+    Stops when every problem gains less than 1e-10 of its objective, or after 500 rounds.
+
+    >>> x_NE = torch.randn(50, 4, dtype=torch.float64)
+    >>> x_MNE = torch.stack([x_NE, x_NE.flip(1), -x_NE])
+    >>> maps, _ = generalized_procrustes(torch.einsum("ine,jnf->ijef", x_MNE, x_MNE))
+    >>> torch.allclose(x_MNE @ maps, x_NE.expand(3, 50, 4))
+    True
+    """
+    if gram.ndim < (3 if rope else 4) or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(f"expected a Gram (…, M, M, E, E) or (…, P, M, M), found {[*gram.shape]}")
+    gram = _as_heads_of_dim_1(gram) if rope else gram
+    maps = _polar(gram[..., :, 0, :, :])  # the start: every head onto the first (eq. 6)
+    maps[..., 0, :, :] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    history = [_inner_products(gram, maps).triu(1).sum((-1, -2))]
+    for _ in range(500):
+        rotated, gain = maps, torch.zeros_like(history[-1])
+        for i in range(gram.shape[-4]):
+            rotated, gain_i = _rotate_head(gram, rotated, i)
+            gain += gain_i
+        if not (gain > 1e-10 * history[-1].abs()).any():
+            break
+        # subtle: rounding can lower the objective of a problem that has converged: keep its maps.
+        maps = torch.where((gain > 0)[..., None, None, None], rotated, maps)
+        history.append(history[-1] + gain.clamp(min=0))
+    maps = maps @ maps[..., :1, :, :].mH  # a rotation common to all heads is free
+    return (maps[..., 0, 0] if rope else maps), torch.stack(history)
+
+
+def _rotate_head(gram: Tensor, maps: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """(the maps with q_i ← polar(Σ_(j≠i) C_ij q_j), what that gains)."""
+    onto = (gram[..., i, :, :, :] @ maps).sum(-3) - gram[..., i, i, :, :] @ maps[..., i, :, :]
+    rotated = maps.clone()
+    rotated[..., i, :, :] = _polar(onto)
+    return rotated, ((rotated - maps)[..., i, :, :] * onto.conj()).sum((-1, -2)).real
+
+
+TINY = 1e-100  # added to energies, in float64, so that heads of zeros do not divide 0 by 0
+
+
+def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The one key that serves M heads best: a weighted PCA of rank 1 in each RoPE plane.
+
+        minimise  Σ_i p_i Σ_n |z_i[n] − a_i s[n]|²  over the shared key s and complex numbers a_i
+
+    Heads need not become alike to share a key s. It is enough that each is some multiple of it,
+    z_i ≈ a_i s: scores are Re q_i conj(z_i), so the query takes the factor, q_i → conj(a_i) q_i.
+    p_i is the power Σ |q_i|² of the queries that read head i; so an error in z_i counts as it
+    changes the scores, if errors and queries are independent.
+    The solution (Eckart and Young 1936): with u the leading eigenvector of √p_i M_ij √p_j,
+
+        s = mean of c_i z_i,   c_i = M σ √p_i conj(u_i),   a_i = u_i / (σ √p_i)
+
+    It is a mean because that is what `merge` takes. Any σ will do; this one gives s the mean power
+    of the M heads, which keeps the weights near their size.
+    gram: (…, P, M, M), M_ij = Σ_n z_i conj(z_j). power: (…, M, P). Returns (maps c, inverse maps a,
+    kept): complex (…, M, P) twice, and the share (…) of the energy Σ p_i |z_i|² that is kept.
+
+    >>> z_N = torch.randn(50, dtype=torch.complex128)
+    >>> z_MN = torch.stack([z_N, 2j * z_N])
+    >>> maps_MP, inverses_MP, kept = shared_keys((z_MN @ z_MN.mH)[None], torch.ones(2, 1).double())
+    >>> s_N = (maps_MP * z_MN).mean(0)
+    >>> torch.allclose(inverses_MP * s_N, z_MN)
+    True
+    """
+    m = power_MP.shape[-2]
+    # subtle: not 0, or a unit without queries would divide by it.
+    root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max() + TINY).sqrt()
+    energy_PM, vector_PMM = torch.linalg.eigh(
+        root_PM[..., :, None] * gram_PMM * root_PM[..., None, :])
+    best_P, u_PM = energy_PM[..., -1], vector_PMM[..., -1]
+    wanted_P = gram_PMM.diagonal(dim1=-2, dim2=-1).real.mean(-1)
+    sigma_PM = (wanted_P.clamp(min=TINY) / best_P.clamp(min=TINY)).sqrt()[..., None]
+    maps_PM = m * sigma_PM * root_PM * u_PM.conj()
+    inverses_PM = u_PM / (sigma_PM * root_PM)
+    kept = (best_P.sum(-1) + TINY) / (energy_PM.sum((-1, -2)) + TINY)
+    return maps_PM.mT, inverses_PM.mT, kept
+
+
+def shared_values(gram_MMEE: Tensor, root_MEE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The one value head that serves M heads best: a weighted PCA of rank E.
+
+        minimise  Σ_i Σ_n ‖(v_i[n] − w[n] r_i) S_i‖²  over the shared value w and matrices r_i
+
+    The same as `shared_keys` with matrices for numbers: it is enough that each v_i is some linear
+    map of one shared value w (rows are vectors), since Wo can take r_i. An error in v_i counts by
+    what Wo makes of it, hence S_i. With U the E leading eigenvectors (M·E, E) of the Gram of all
+    v_i S_i side by side, and U_i their rows of head i,
+
+        w = mean of v_i q_i,   q_i = M σ S_i U_i,   r_i = U_iᵀ S_i⁻¹ / σ
+
+    gram: (…, M, M, E, E), C_ij = Σ_n v_iᵀ v_j. root: S (…, M, E, E), symmetric, see
+    `BlockStatistics`. Returns (maps q, inverse maps r, kept): (…, M, E, E) twice, and the share (…)
+    of the energy Σ ‖v_i S_i‖² that is kept.
+
+    >>> v_NE = torch.randn(50, 4, dtype=torch.float64)
+    >>> v_MNE = torch.stack([v_NE, v_NE @ torch.randn(4, 4, dtype=torch.float64)])
+    >>> gram, root = torch.einsum("ine,jnf->ijef", v_MNE, v_MNE), torch.eye(4).double()
+    >>> maps_MEE, inverses_MEE, kept = shared_values(gram, root.expand(2, 4, 4))
+    >>> w_NE = (v_MNE @ maps_MEE).mean(0)
+    >>> torch.allclose(w_NE @ inverses_MEE, v_MNE)
+    True
+    """
+    m, e = root_MEE.shape[-3], root_MEE.shape[-1]
+    weighted = root_MEE[..., :, None, :, :] @ gram_MMEE @ root_MEE[..., None, :, :, :]
+    energy, vector = torch.linalg.eigh(_block_matrix(weighted))
+    u_MEE = vector[..., -e:].unflatten(-2, (m, e))
+    best, power = energy[..., -e:].sum(-1), gram_MMEE.diagonal(dim1=-4, dim2=-3)
+    wanted = power.diagonal(dim1=-3, dim2=-2).sum((-1, -2)) / m
+    sigma = (wanted.clamp(min=TINY) / best.clamp(min=TINY)).sqrt()[..., None, None, None]
+    maps_MEE = m * sigma * root_MEE @ u_MEE
+    inverses_MEE = u_MEE.mT @ torch.linalg.inv(root_MEE) / sigma
+    kept = (best + TINY) / (energy.sum(-1) + TINY)
+    return maps_MEE, inverses_MEE, kept
+
+
+def _block_matrix(blocks_MMEE: Tensor) -> Tensor:
+    """The matrix (…, M·E, M·E) of blocks (…, M, M, E, E)."""
+    return blocks_MMEE.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+# ---- 4 grouping ----------------------------------------------------------------------------------
+
+
+def head_similarity(gram: Tensor, n_tokens: int, metric: str, rope: bool = False) -> Tensor:
+    """How alike two heads are after the best rotation of the one onto the other: s (K, K).
+
+        cos:   s_ij = max_q ⟨X_i, X_j q⟩ / N                                     (eq. 18, 19)
+        dist:  s_ij = −min_q ‖X_i − X_j q‖² / N                                  (eq. 22, squared)
+
+    The best inner product is the nuclear norm ‖C_ij‖_* for values and Σ_p |M_p[i, j]| for keys.
+    gram: (K, K, E, E) real or, with rope=True, (P, K, K) complex, summed over `n_tokens`; for "cos"
+    of vectors of length 1. The square of the distance is what the paper's code uses. Raises
+    ValueError for another metric.
+    """
+    if rope:
+        return _similarity(gram.abs().sum(0), n_tokens, metric)
+    inner_KK = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # its diagonal, tr C_ii, is what stays
+    i, j = torch.triu_indices(len(inner_KK), len(inner_KK), 1, device=gram.device)
+    inner_KK[i, j] = inner_KK[j, i] = torch.linalg.svdvals(gram[i, j]).sum(-1)
+    return _similarity(inner_KK, n_tokens, metric)
+
+
+def _similarity(inner_KK: Tensor, n_tokens: int, metric: str) -> Tensor:
+    """The similarity of heads by their inner products ⟨Y_i, Y_j⟩ (…, K, K) over `n_tokens`."""
+    if metric == "cos":
+        return inner_KK / n_tokens
+    if metric != "dist":
+        raise ValueError(f"metric {metric!r}: expected cos or dist")
+    power_K = inner_KK.diagonal(dim1=-2, dim2=-1)
+    return (2 * inner_KK - power_K[..., :, None] - power_K[..., None, :]) / n_tokens
+
+
+def discarded_energy(statistics: BlockStatistics) -> Tensor:
+    """What linear alignment loses when two heads share: (K, K), symmetric.
+
+        loss_ij = keys_ij / mean keys + values_ij / mean values
+
+    keys_ij and values_ij are the eigenvalues that `shared_keys` and `shared_values` do not keep of
+    the pair. A larger group is judged by the sum over its pairs.
+    """
+    k, e = statistics.output_KEE.shape[:2]
+    root_KP, s_KEE = statistics.query_KP.sqrt(), statistics.output_KEE
+    pairs = torch.combinations(torch.arange(k))
+    lost_of, energy_of = [], []  # (keys, values) of each pair
+    for chunk in pairs.split(64):  # all at once would be a gigabyte
+        i, j = chunk[:, :, None], chunk[:, None, :]
+        root = root_KP[chunk].movedim(-1, 0)  # (P, pairs, 2)
+        key_gram_P22 = root[..., :, None] * statistics.key_PKK[:, i, j] * root[..., None, :]
+        keys = torch.linalg.eigvalsh(key_gram_P22)
+        values = torch.linalg.eigvalsh(
+            _block_matrix(s_KEE[i] @ statistics.value_KKEE[i, j] @ s_KEE[j]))
+        lost_of.append(torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)]))
+        energy_of.append(torch.stack([keys.sum((0, 2)), values.sum(1)]))
+    lost, energy = torch.cat(lost_of, dim=1), torch.cat(energy_of, dim=1).mean(1, keepdim=True)
+    # subtle: if nothing is lost, what is left is rounding: a 1e-12th of the energy counts as none.
+    lost = (lost / lost.mean(1, keepdim=True).clamp(min=1e-12 * energy + TINY)).sum(0)
+    loss_KK = torch.zeros(k, k, dtype=torch.float64)
+    loss_KK[pairs[:, 0], pairs[:, 1]] = lost
+    return loss_KK + loss_KK.mT
+
+
+def anneal_groups(
+    s_KK: Tensor | np.ndarray, n_groups: int, seed: int = 0, temperature: float = 2.0
+) -> list[list[int]]:
+    """Split K heads into equal groups that hold the most similar heads.
+
+        maximise  Σ over groups, Σ_(i<j in the group) s_ij                       (eq. 23, 24)
+
+    Simulated annealing by swaps of two heads (algorithm 2), 512 restarts of 4,000 steps side by
+    side; then the best of all swaps until none gains. `temperature` is the first one, in standard
+    deviations of s; it falls to a hundredth of that. 0 is the paper's rule: improvements only.
+    Returns `n_groups` sorted lists, ordered by their first heads. Raises ValueError if `n_groups`
+    does not divide K or s is not a square matrix of finite numbers.
+
+    >>> anneal_groups(np.array([[0, 1, 9, 1], [1, 0, 1, 8], [9, 1, 0, 1], [1, 8, 1, 0]]), 2)
+    [[0, 2], [1, 3]]
+    """
+    s = torch.as_tensor(s_KK, dtype=torch.float64, device="cpu").numpy().copy()
+    k = len(s)
+    if s.shape != (k, k) or not np.isfinite(s).all():
+        found = "values that are not finite" if s.shape == (k, k) else f"shape {s.shape}"
+        raise ValueError(f"expected a square matrix of finite similarities, found {found}")
+    if n_groups < 1 or k % n_groups:
+        raise ValueError(f"{k} heads cannot be split into {n_groups} equal groups")
+    s = (s + s.T) / 2
+    np.fill_diagonal(s, 0)
+    rng = np.random.default_rng(seed)
+    group_RK = rng.permuted(np.tile(np.arange(k) * n_groups // k, (512, 1)), axis=1)
+    group_RK = _metropolis_swaps(s, group_RK, 4000, temperature * s.std(), rng)
+    group_RK = _steepest_ascent(s, group_RK)
+    score_R = ((group_RK[:, :, None] == group_RK[:, None, :]) * s).sum((1, 2))
+    best_K = group_RK[score_R.argmax()]
+    return sorted(np.flatnonzero(best_K == g).tolist() for g in range(n_groups))
+
+
+def _affinity(s_KK: np.ndarray, group_RK: np.ndarray) -> np.ndarray:
+    """a[r, i, g]: the sum of s between head i and the heads of group g, in restart r."""
+    return s_KK @ (group_RK[:, :, None] == np.arange(group_RK.max() + 1)).astype(np.float64)
+
+
+def _metropolis_swaps(s_KK, group_RK, steps, temperature, rng) -> np.ndarray:
+    """Propose a swap in every restart; accept it if u < exp(gain / T), u uniform in (0, 1).
+
+    That is gain > T log u, and −log u has the exponential distribution.
+    """
+    group_RK, a_RKG = group_RK.copy(), _affinity(s_KK, group_RK)
+    rows = np.arange(len(group_RK))
+    cooling = temperature * np.geomspace(1, 0.01, steps)
+    i_SR, j_SR = rng.integers(len(s_KK), size=(2, steps, len(rows)))
+    threshold_SR = -cooling[:, None] * rng.exponential(size=(steps, len(rows)))
+    for i, j, threshold in zip(i_SR, j_SR, threshold_SR, strict=True):
+        gi, gj = group_RK[rows, i], group_RK[rows, j]
+        # What i and j gain by changing places. Both gains contain s_ij, as if one joined the other;
+        # but they stay in different groups, so it is subtracted twice.
+        gain = a_RKG[rows, i, gj] - a_RKG[rows, i, gi] + a_RKG[rows, j, gi] - a_RKG[rows, j, gj]
+        gain -= 2 * s_KK[i, j]
+        r = np.flatnonzero((gi != gj) & (gain > threshold))
+        i, j, gi, gj = i[r], j[r], gi[r], gj[r]
+        moved = s_KK[i] - s_KK[j]  # head i leaves group gi and joins gj, head j the other way
+        a_RKG[r, :, gi] -= moved
+        a_RKG[r, :, gj] += moved
+        group_RK[r, i], group_RK[r, j] = gj, gi
+    return group_RK
+
+
+def _steepest_ascent(s_KK, group_RK) -> np.ndarray:
+    """In every restart make the best of all swaps, until none gains."""
+    group_RK, rows = group_RK.copy(), np.arange(len(group_RK))
+    while True:
+        a_RKG = _affinity(s_KK, group_RK)
+        to_RKK = np.take_along_axis(a_RKG, group_RK[:, None, :], axis=2)  # a[i, group of j]
+        leave_RKK = to_RKK - np.diagonal(to_RKK, axis1=1, axis2=2)[:, :, None]
+        gain_RKK = leave_RKK + leave_RKK.transpose(0, 2, 1) - 2 * s_KK
+        gain_RKK[group_RK[:, :, None] == group_RK[:, None, :]] = 0
+        best_R = gain_RKK.reshape(len(rows), -1).argmax(1)
+        i, j = np.unravel_index(best_R, s_KK.shape)
+        r = np.flatnonzero(gain_RKK[rows, i, j] > 1e-12 * np.abs(s_KK).max())
+        if not len(r):
+            return group_RK
+        group_RK[r, i[r]], group_RK[r, j[r]] = group_RK[r, j[r]], group_RK[r, i[r]]
+
+
+# ---- 5 map and merge -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadMaps:
+    """How the K units of a block are mapped, in the order of their groups (eq. 12-17).
+
+        keys    z_p → c_p z_p in RoPE plane p;   their queries  q_p → conj(a_p) q_p
+        values  v → v q;                         Wo then reads  v r, so Wo → Wo rᵀ
+
+    key_KP: c. key_inverse_KP: a. value_KEE: q. value_inverse_KEE: r. With a = 1/c and r = q⁻¹ the
+    block computes the same, for any c but 0 and any invertible q. Linear alignment has inverse maps
+    of the shared head instead: see `shared_keys`.
+    """
+
+    key_KP: Tensor
+    value_KEE: Tensor
+    key_inverse_KP: Tensor
+    value_inverse_KEE: Tensor
+
+    @classmethod
+    def exact(cls, key_KP: Tensor, value_KEE: Tensor) -> "HeadMaps":
+        """With the inverses that leave the model unchanged."""
+        return cls(key_KP, value_KEE, 1 / key_KP, torch.linalg.inv(value_KEE))
+
+
+def transform(
+    weights: Weights, config: LlamaConfig, order_K: Sequence[int], maps: HeadMaps
+) -> dict[str, Tensor]:
+    """A block's weights with its units in a new order, and mapped.
+
+    Attention's weights come back in float64, so that only the last cast rounds.
+    """
+    order = torch.as_tensor(order_K)
+    heads = {name: w_KQED[order] for name, w_KQED in _split_heads(weights, config).items()}
+    heads = _map_values(_map_keys(heads, maps), maps)
+    mapped = {name: _join_heads(name, w_KQED, weights[name]) for name, w_KQED in heads.items()}
+    return {**weights, **mapped}
+
+
+def _split_heads(weights: Weights, config: LlamaConfig) -> dict[str, Tensor]:
+    """Attention's weights and biases as (unit, its heads, E, D), float64; D is 1 for a bias.
+
+    Rows of the projections to q, k and v, columns of the one from the heads' outputs; its bias
+    belongs to no head.
+    """
+    heads = {}
+    for name in weights:
+        if name.startswith("self_attn.") and name != "self_attn.o_proj.bias":
+            rows = weights[name].double().mT if "o_proj" in name else weights[name].double()
+            shape = config.num_key_value_heads, -1, config.head_dim, rows[0].numel()
+            heads[name] = rows.reshape(shape)
+    return heads
+
+
+def _join_heads(name: str, w_KQED: Tensor, like: Tensor) -> Tensor:
+    """The weight or bias of these heads, in the shape of `like`."""
+    return w_KQED.flatten(0, 2).mT.contiguous() if "o_proj" in name else w_KQED.reshape(like.shape)
+
+
+def _map_keys(heads: Weights, maps: HeadMaps) -> dict[str, Tensor]:
+    """Multiply every plane of keys by c, of the queries that read them by conj(a)."""
+    out = dict(heads)
+    for name, w_KQED in heads.items():
+        if "k_proj" in name or "q_proj" in name:
+            c_KP = maps.key_KP if "k_proj" in name else maps.key_inverse_KP.conj()
+            c_KP = c_KP.to(w_KQED.device)
+            z_KQPD = torch.complex(*w_KQED.chunk(2, dim=2)) * c_KP[:, None, :, None]
+            out[name] = torch.cat([z_KQPD.real, z_KQPD.imag], dim=2)
+    return out
+
+
+def _map_values(heads: Weights, maps: HeadMaps) -> dict[str, Tensor]:
+    """Multiply the values by q, what the output projection reads by r: Wv → qᵀ Wv, Wo → Wo rᵀ."""
+    out = dict(heads)
+    for name, w_KQED in heads.items():
+        if "v_proj" in name or "o_proj" in name:  # Wo's heads are its columns: (Wo rᵀ)ᵀ = r Woᵀ
+            left_KEE = maps.value_KEE.mT if "v_proj" in name else maps.value_inverse_KEE
+            out[name] = left_KEE.to(w_KQED.device)[:, None] @ w_KQED
+    return out
+
+
+def merge(weights: Weights, config: LlamaConfig, kv_heads: int) -> dict[str, Tensor]:
+    """A block with each run of K/G neighbouring key and value heads averaged into one (eq. 25, 26).
+
+    Of untouched weights this is the mean-pooling of Ainslie et al. 2023. Averaged tensors come back
+    in float64.
+    """
+    out = dict(weights)
+    for name, weight in weights.items():
+        if name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
+            w_KED = weight.double().reshape(config.num_key_value_heads, config.head_dim, -1)
+            merged = w_KED.unflatten(0, (kv_heads, -1)).mean(1)
+            out[name] = merged.reshape(-1, *weight.shape[1:])
+    return out
+
+
+def gqa_config(config: LlamaConfig, kv_heads: int) -> LlamaConfig:
+    """The config with fewer KV heads; raises ValueError unless they divide the source's."""
+    source = config.num_key_value_heads
+    if not 1 <= kv_heads < source or source % kv_heads:
+        choices = [g for g in range(1, source) if source % g == 0]
+        raise ValueError(
+            f"{kv_heads} KV heads: the source has {source}, "
+            + (f"choose one of {', '.join(map(str, choices))}" if choices else "nothing to merge")
+        )
+    return dataclasses.replace(config, num_key_value_heads=kv_heads)
+
+
+# ---- 6 masks and losses --------------------------------------------------------------------------
+
+# The paper's way of training: masks let the original heads fade into the merged ones, while the
+# student's logits are held to the teacher's. The conversion itself needs nothing of this.
+
+# The hard concrete distribution of Louizos et al. 2017: temperature β, stretched to (γ, ζ).
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+
+
+def hard_concrete(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Masks in [0, 1], which are exactly 0 and exactly 1 with probabilities above zero.
+
+        s = σ((log u − log(1 − u) + log α) / β),   z = min(1, max(0, s (ζ − γ) + γ))
+
+    with u uniform from the generator; no generator means no sampling: s = σ(log α) (Louizos et al.
+    2017, eq. 10-13). Returns z of log_alpha's shape.
+
+    >>> hard_concrete(torch.tensor([-20.0, 0.0, 20.0]))
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+    s = torch.sigmoid(log_alpha)
+    if generator is not None:
+        u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device)
+        s = torch.sigmoid((torch.logit(u.to(log_alpha.dtype)) + log_alpha) / BETA)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def open_probability(log_alpha: Tensor) -> Tensor:
+    """P(z > 0) = σ(log α − β log(−γ/ζ)), of log_alpha's shape (Louizos et al. 2017, eq. 12)."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+
+
+def l0_loss(log_alpha: Tensor, target: float) -> Tensor:
+    """|s − T| + (s − T)², a scalar, with s the mean P(z > 0) over all masks (eq. 29)."""
+    gap = open_probability(log_alpha).mean() - target
+    return gap.abs() + gap.square()
+
+
+def kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher ‖ student) = Σ_v t_v (log t_v − log s_v) of logits (…, V).
+
+    Both are divided by the temperature; there is no factor T². Computed in float32 at least.
+    Returns nats for each token, (…), not reduced.
+    """
+    log_s, log_t = (F.log_softmax(at_least_float32(x) / temperature, dim=-1)
+                    for x in (student, teacher))
+    return (log_t.exp() * (log_t - log_s)).sum(-1)
+
+
+def bild_loss(
+    student: Tensor, teacher: Tensor, top_k: int = 16, temperature: float = 3.0
+) -> Tensor:
+    """Bi-directional logits difference loss (Li et al. 2024) of logits (…, V).
+
+        Σ over leader in (teacher, student):  KL(softmax(Δ^t / T) ‖ softmax(Δ^s / T)),
+        Δ = (l_i − l_j for all i < j among the leader's k greatest logits)
+
+    The softmax is over the k(k − 1)/2 pairs. The leader's choice is a constant to the gradient;
+    there is no factor T². Returns nats for each token, (…), not reduced. Raises ValueError if
+    `top_k` is less than 2 or more than V.
+
+    >>> teacher = torch.tensor([[3.0, 2.0, 0.0]])
+    >>> bild_loss(teacher + 5, teacher, top_k=3)  # only differences count
+    tensor([0.])
+    """
+    if not 2 <= top_k <= student.shape[-1]:
+        raise ValueError(f"top_k {top_k}: expected 2 to the vocabulary's {student.shape[-1]}")
+    i, j = torch.triu_indices(top_k, top_k, 1, device=student.device)
+    losses = []
+    for leader in (teacher, student):
+        ids = leader.detach().topk(top_k, dim=-1).indices
+        student_k, teacher_k = (at_least_float32(x.gather(-1, ids)) for x in (student, teacher))
+        losses.append(kl_loss(student_k[..., i] - student_k[..., j],
+                              teacher_k[..., i] - teacher_k[..., j], temperature))
+    return losses[0] + losses[1]
+
+
+# ---- 7 the walk and the refit --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """How to convert. Checks itself and fills in its defaults; raises ValueError.
+
+    align: "linear", the maps onto one shared head that serves the group best; "rotation", the
+    paper's; or "none", plain averages. refit: train each block to reproduce the source's hidden
+    states (None: with "linear"). group: the heads of a group lose the least "energy" together, have
+    similar "value"s or "key"s, or are "adjacent" (None: energy, value, adjacent for the three ways
+    to align). metric of similarity: "dist" or "cos". seed: of all that is random.
+    """
+
+    CHOICES: ClassVar = {
+        "align": ("linear", "rotation", "none"),
+        "group": ("energy", "value", "key", "adjacent"),
+        "metric": ("dist", "cos"),
+    }
+    GROUP_FOR: ClassVar = {"linear": "energy", "rotation": "value", "none": "adjacent"}
+
+    align: str = "linear"
+    refit: bool | None = None
+    group: str | None = None
+    metric: str = "dist"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.refit is None:
+            object.__setattr__(self, "refit", self.align == "linear")
+        if self.group is None:
+            object.__setattr__(self, "group", self.GROUP_FOR.get(self.align, "energy"))
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected {', '.join(choices)}")
+        if self.metric == "cos" and (self.align == "linear" or self.group == "energy"):
+            raise ValueError("metric cos: linear alignment and groups by energy weigh errors, not "
+                             "angles, and need dist")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed}: expected 0 to {2**32 - 1}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedBlock:
+    """What `converted_blocks` yields; weights are named as in `Block`.
+
+    source: the block as it was. aligned: with its units mapped and in the order of their groups,
+    before the merge; None after a refit, which changes other weights, too. converted: the result,
+    in the source's dtype. report: its groups and how well they fit.
+    """
+
+    source: dict[str, Tensor]
+    aligned: dict[str, Tensor] | None
+    converted: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def converted_blocks(
+    config: LlamaConfig, weights: Weights, x_BTD: Tensor, kv_heads: int, method: Method,
+    document_BT: Tensor | None = None, lap: Callable[[str], None] = lambda stage: None
+) -> Iterator[ConvertedBlock]:
+    """Convert one block after the other, with one block in memory at a time.
+
+    Two streams of hidden states walk along. The source's, `x_BTD`, starts as the embedded
+    calibration rows; it gives the statistics, and each block's output is what its refit should
+    reproduce. It is overwritten block by block, to save memory. The converted model's stream is
+    what the refit starts from.
+    `document_BT` as in `Llama.forward`. `lap` is told each stage that is done, to take its time.
+    Raises ValueError for weights or activations that are not finite.
+    """
+    new_config = gqa_config(config, kv_heads)
+    source_x, converted_x = x_BTD, x_BTD.clone() if method.refit else torch.empty(0)
+    for i in range(config.num_hidden_layers):
+        source = read_block(weights, i, x_BTD.device)
+        lap("read")
+        statistics = block_statistics(config, source, source_x, method.metric)
+        if what := statistics.overflows():
+            raise ValueError(f"block {i}: its {what} on this text are not finite")
+        lap("calibrate")
+        groups = _choose_groups(statistics, kv_heads, method, method.seed + i)
+        maps, report = _align_groups(statistics, groups, method)
+        lap("align")
+        mapped = transform(source, config, sum(groups, []), maps)
+        converted = _as_dtypes_of(source, merge(mapped, config, kv_heads))
+        aligned = None if method.refit else mapped
+        del mapped  # in float64, and as large as a block
+        lap("merge")
+        _run_block_(config, source, source_x, document_BT)
+        lap("calibrate")
+        if method.refit:
+            converted, error = refit_block(
+                new_config, converted, converted_x, source_x, method.seed + i, document_BT)
+            if not math.isfinite(error["before"]):
+                raise ValueError(f"block {i}: its hidden states on this text are not finite")
+            report["hidden_state_error"] = error
+            _run_block_(new_config, converted, converted_x, document_BT)
+            lap("refit")
+        yield ConvertedBlock(source, aligned, converted, report)
+
+
+def _choose_groups(
+    statistics: BlockStatistics, kv_heads: int, method: Method, seed: int
+) -> list[list[int]]:
+    """The units of each of `kv_heads` groups."""
+    if method.group == "adjacent":
+        return torch.arange(len(statistics.output_KEE)).view(kv_heads, -1).tolist()
+    if method.group == "energy":
+        return anneal_groups(-discarded_energy(statistics), kv_heads, seed)
+    by_key = method.group == "key"
+    gram = statistics.key_PKK if by_key else statistics.value_KKEE
+    s_KK = head_similarity(gram, statistics.n_tokens, method.metric, rope=by_key)
+    return anneal_groups(s_KK, kv_heads, seed)
+
+
+def _align_groups(
+    statistics: BlockStatistics, groups: list[list[int]], method: Method
+) -> tuple[HeadMaps, dict[str, Any]]:
+    """The maps of a block's units, in the order of the groups, and the report on them.
+
+    The report has the groups; for keys and values the mean similarity of pairs inside groups,
+    before and after, or with "linear" the share of energy that the shared heads keep.
+    """
+    g_GM, report = torch.tensor(groups), {"groups": groups}
+    m = g_GM.shape[1]
+    i, j = g_GM[:, :, None], g_GM[:, None, :]
+    value_GMMEE = statistics.value_KKEE[i, j]
+    key_GPMM = statistics.key_PKK[:, i, j].movedim(0, 1)
+    if method.align == "linear":
+        keys, key_inverses, key_kept = shared_keys(key_GPMM, statistics.query_KP[g_GM])
+        values, value_inverses, value_kept = shared_values(
+            value_GMMEE, statistics.output_KEE[g_GM])
+        kept = {"key": key_kept.mean().item(), "value": value_kept.mean().item()}
+        maps = HeadMaps(*(t.flatten(0, 1) for t in (keys, values, key_inverses, value_inverses)))
+        return maps, {**report, "energy_kept": kept}
+    key_GPM = torch.ones_like(key_GPMM[..., 0])
+    value_GMEE = torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1)
+
+    def similarities(key_GPM, value_GMEE):
+        planes = _inner_products(_as_heads_of_dim_1(key_GPMM), key_GPM[..., None, None])
+        inner = {"key": planes.sum(1), "value": _inner_products(value_GMMEE, value_GMEE)}
+        first, second = torch.triu_indices(m, m, 1)
+        return {name: _similarity(inner_GMM, statistics.n_tokens, method.metric)
+                [:, first, second].mean().item() for name, inner_GMM in inner.items()}
+
+    before = similarities(key_GPM, value_GMEE)
+    if method.align == "rotation":
+        key_GPM, _ = generalized_procrustes(key_GPMM, rope=True)
+        value_GMEE, _ = generalized_procrustes(value_GMMEE)
+    after = similarities(key_GPM, value_GMEE)
+    maps = HeadMaps.exact(key_GPM.mT.flatten(0, 1), value_GMEE.flatten(0, 1))
+    return maps, {**report, "similarity_inside_groups": {
+        name: {"before": before[name], "after": after[name]} for name in before}}
+
+
+# The refit's constants were chosen by held-out loss and KL on two small models.
+REFIT_EPOCHS = 5  # passes over the calibration rows; ten take twice the time, and gain little
+REFIT_TOKENS = 1024  # of a step; 2,048 were worse
+REFIT_RATE = 0.4  # the length of a step, relative to the weight
+
+
+@torch.no_grad()
+def refit_block(
+    config: LlamaConfig, weights: Weights, x_BTD: Tensor, target_BTD: Tensor, seed: int,
+    document_BT: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Train a converted block to make `target` of x; returns (weights, its error before and after).
+
+    x: hidden states of the converted model before the block. target: the source's after it. So the
+    block learns to compensate both for its own merge and for the errors of the blocks before it.
+    The first tenth of the rows is held out and the error measured there, with the weights rounded
+    to their dtype; if it does not fall, or is not finite, the block stays as it was.
+    """
+    block = _empty_block(config)
+
+    def error(weights, rows):
+        document = None if document_BT is None else document_BT[rows]
+        return _relative_error(block, weights, x_BTD[rows], target_BTD[rows], document)
+
+    size = max(1, REFIT_TOKENS // x_BTD.shape[1])
+    held_out, rows = torch.arange(len(x_BTD)).tensor_split([max(1, len(x_BTD) // 10)])
+    generator = torch.Generator().manual_seed(seed)
+    batches = [batch for _ in range(REFIT_EPOCHS)
+               for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
+    fitted = _fit(weights, _refit_rates(weights), error, batches)
+    before, after = (sum(len(part) * error(w, part).item() for part in held_out.split(size))
+                     / len(held_out) for w in (weights, fitted))
+    if not after < before:
+        return dict(weights), {"before": before, "after": before}
+    return fitted, {"before": before, "after": after}
+
+
+def _relative_error(block, weights, x_BTD, target_BTD, document_BT=None) -> Tensor:
+    """The mean over tokens of ‖y − target‖² / ‖target‖², a scalar, y what the block makes of x.
+
+    Relative to each token's length, as the next norm sees it. Otherwise a few tokens that are a
+    thousand times longer than the rest, as large models have them, would decide alone.
+    """
+    y_BTD = _forward(block, weights, at_least_float32(x_BTD), document_BT)
+    target_BTD = at_least_float32(target_BTD)
+    square_BT = (y_BTD - target_BTD).square().sum(-1)
+    return (square_BT / target_BTD.square().sum(-1).clamp(min=1e-30)).mean()
+
+
+def _refit_rates(weights: Weights) -> dict[str, float]:
+    """Adam's learning rate for each weight: REFIT_RATE · rms(W) / √columns.
+
+    A step of Adam changes every entry by about the rate r, and all n entries of a row in concert:
+    the output changes by n r. The entries as they are add up at random, to an output of √n rms(W).
+    So this rate is the same relative change at any width.
+    """
+    return {name: REFIT_RATE * (at_least_float32(w).square().mean() / w.shape[-1]).sqrt().item()
+            for name, w in weights.items()}
+
+
+def _fit(
+    weights: Weights, rates: Mapping[str, float], loss: Callable[[Weights, Tensor], Tensor],
+    batches: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """The weights after a step of Adam on `loss(weights, batch)` for every batch."""
+    new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
+    # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
+    adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
+                            betas=(0.9, 0.95), eps=1e-15)
+    for step, batch in enumerate(batches):
+        with torch.enable_grad():
+            loss(new, batch).backward()
+        for group in adam.param_groups:
+            group["lr"] = rates[group["name"]] * learning_rate(step, len(batches))
+        adam.step()
+        adam.zero_grad()
+    return _as_dtypes_of(weights, {name: w.detach() for name, w in new.items()})
+
+
+def _as_dtypes_of(like: Weights, weights: Weights) -> dict[str, Tensor]:
+    """The weights, each in the dtype of the one of that name."""
+    return {name: w.to(like[name].dtype) for name, w in weights.items()}
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the highest rate: up from 0 over 32 steps (or a tenth of few), a cosine down to 0.
+
+    0 at step 0: if the student is still its teacher, the first gradient is only rounding error,
+    which Adam would scale up to a full step.
+    """
+    warm_up = min(32, max(1, steps // 10))
+    return min(1.0, step / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _empty_block(config: LlamaConfig) -> Block:
+    """A block on the meta device, whose weights are given at each call."""
+    with torch.device("meta"):
+        return Block(config)
+
+
+def _forward(
+    block: Block, weights: Weights, x_BTD: Tensor, document_BT: Tensor | None = None
+) -> Tensor:
+    """The hidden states after a block with these weights, in the dtype of x."""
+    weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}
+    rope_and_mask = _rope_and_mask(block.config, x_BTD, document_BT)
+    return torch.func.functional_call(block, weights, (x_BTD, *rope_and_mask), strict=True)
+
+
+def _run_block_(
+    config: LlamaConfig, weights: Weights, x_BTD: Tensor, document_BT: Tensor | None = None
+) -> None:
+    """Overwrite the hidden states by those after the block, a few rows at a time."""
+    block, size = _empty_block(config), max(1, 4096 // x_BTD.shape[1])
+    weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}  # once for all rows
+    for at in range(0, len(x_BTD), size):
+        rows = slice(at, at + size)
+        document = None if document_BT is None else document_BT[rows]
+        x_BTD[rows] = _forward(block, weights, x_BTD[rows], document)
+
+
+def embed(weights: Weights, tokens_BT: Tensor, device, dtype: torch.dtype) -> Tensor:
+    """The hidden states (B, T, D) that enter the first block."""
+    x_BTD = F.embedding(tokens_BT, weights["model.embed_tokens.weight"])
+    return x_BTD.to(device=device, dtype=dtype)
+
+
+def read_block(weights: Weights, i: int, device) -> dict[str, Tensor]:
+    """Block i's weights on the device; raises ValueError if one is not finite."""
+    block = {name: w.to(device) for name, w in block_weights(weights, i).items()}
+    _check_finite(block, _block_prefix(i))
+    return block
+
+
+def _check_finite(weights: Weights, prefix: str = "") -> None:
+    """Raise ValueError for the first tensor with a value that is not finite."""
+    for name, weight in weights.items():
+        if not all(torch.isfinite(bound) for bound in weight.aminmax()):
+            raise ValueError(f"tensor {prefix}{name} holds values that are not finite")
+
+
+# ---- 8 convert and evaluate ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text to calibrate with, and to measure on.
+
+    files, eval_files: one path or several; JSONL with a "text" field or plain text, .gz and .xz of
+    either. tokens: how many to read of `files`. seq_len: tokens a row, None: 2,048 or the model's
+    context if that is less. Without eval_files the first 10 % of what is read are held out.
+    """
+
+    files: PathLike | Sequence[PathLike]
+    eval_files: PathLike | Sequence[PathLike] = ()
+    tokens: int = 262_144
+    seq_len: int | None = None
+
+
+@torch.no_grad()
+def convert(
+    model_dir: PathLike, out_dir: PathLike, kv_heads: int,
+    corpus: Corpus | PathLike | Sequence[PathLike], method: Method = Method(), device: str = "auto",
+    dtype: torch.dtype = torch.float32, dry_run: bool = False,
+    log: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Convert a checkpoint directory to `kv_heads` KV heads; returns the report.
+
+    corpus: a `Corpus`, or just its files. `dtype` is the forward's; what is written has the
+    source's. `log` is given the line that says what will be done; `dry_run` ends there, after all
+    checks. Memory is one block and the tokens' hidden states, however deep the model.
+
+    `out_dir` becomes a Hugging Face directory with `mha2gqa.json`, the report: losses in
+    nats/token, sizes in bytes, times in seconds. It is there whole or not at all. Raises
+    ValueError for bad input, as early as possible; OSError if writing fails.
+    """
+    corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
+    place = _pick_device(device)
+    config, weights = load_checkpoint(model_dir)
+    new_config = gqa_config(config, kv_heads)
+    size = _converted_bytes(config, weights, kv_heads)
+    _check_new_directory(out_dir, size)
+    rows, held_out = text_rows(model_dir, config, corpus, method.seed)
+    check_calibration_rows(rows, method)
+    report = {
+        "source": str(Path(model_dir).resolve()),
+        "text": {"calibration": str(_paths(corpus.files)),
+                 "held_out": str(_paths(corpus.eval_files) or _paths(corpus.files))},
+        "method": dataclasses.asdict(method),
+        "forward": {"device": str(place), "dtype": str(dtype)},
+        "num_hidden_layers": config.num_hidden_layers,
+        "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
+        "kv_cache_bytes_per_token": {"source": kv_cache_bytes(config, weights),
+                                     "converted": kv_cache_bytes(new_config, weights)},
+        "tokens": {"calibration": rows.numel(), "held_out": held_out.numel(),
+                   "seq_len": rows.shape[1]},
+        "memory_estimate_bytes": _memory_needed(config, rows, held_out, dtype, method),
+        "disk_bytes": size,
+    }
+    log(_plan_line(report))
+    if dry_run:
+        return report
+    with new_checkpoint(out_dir, new_config, size, tokenizer_from=model_dir) as writer:
+        x_BTD = embed(weights, rows, place, dtype)
+        report |= _convert_and_measure(writer, config, weights, x_BTD, held_out, method)
+        report["peak_memory_bytes"] = peak_memory(place)
+        write_json(writer.folder / "mha2gqa.json", report)
+    return report
+
+
+def _convert_and_measure(
+    writer: "CheckpointWriter", config: LlamaConfig, weights: Weights, x_BTD: Tensor,
+    held_out_BT: Tensor, method: Method
+) -> dict[str, Any]:
+    """Write the converted blocks, and run the held-out tokens through three models at once.
+
+    x: the embedded calibration rows. Returns what was measured: the losses of the source, of its
+    mean-pooled and of its converted model, seconds by stage, and each block's report.
+    """
+    non_block, new_config = non_block_weights(weights), writer.config
+    _check_finite(non_block)
+    kv_heads, n_layers = new_config.num_key_value_heads, config.num_hidden_layers
+    source_x = embed(weights, held_out_BT, x_BTD.device, x_BTD.dtype)
+    pooled_x, converted_x = source_x.clone(), source_x.clone()
+    watch, reports = Stopwatch(x_BTD.device), []
+    blocks = converted_blocks(config, weights, x_BTD, kv_heads, method, lap=watch.lap)
+    for i, block in enumerate(progress(blocks, "blocks", n_layers)):
+        _check_finite(block.converted, f"converted {_block_prefix(i)}")
+        pooled = _as_dtypes_of(block.source, merge(block.source, config, kv_heads))
+        _run_block_(config, block.source, source_x)
+        _run_block_(new_config, pooled, pooled_x)
+        _run_block_(new_config, block.converted, converted_x)
+        watch.lap("evaluate")
+        writer.write_shard({_block_prefix(i) + n: w for n, w in block.converted.items()})
+        watch.lap("write")
+        reports.append(block.report)
+    streams = {"source": source_x, "mean_pooled": pooled_x, "converted": converted_x}
+    losses = {name: _mean_loss(config, weights, x, held_out_BT) for name, x in streams.items()}
+    watch.lap("evaluate")
+    writer.write_shard(non_block)
+    watch.lap("write")
+    means = {name: _mean([report[name] for report in reports])
+             for name in reports[0] if name != "groups"}
+    return {"loss_nats_per_token": losses, **means,
+            "seconds": {**watch.seconds, "total": sum(watch.seconds.values())}, "layers": reports}
+
+
+@torch.no_grad()
+def evaluate(
+    model_dir: PathLike, corpus: Corpus | PathLike | Sequence[PathLike], seed: int = 0,
+    device: str = "auto", dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Held-out loss of a model directory, in nats/token, with the same protocol as `convert`.
+
+    With the same corpus and seed the held-out rows are the same. Raises ValueError for bad input.
+    """
+    corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
+    place = _pick_device(device)
+    config, weights = load_checkpoint(model_dir)
+    _, held_out = text_rows(model_dir, config, corpus, seed)
+    _check_finite(non_block_weights(weights))
+    x_BTD = embed(weights, held_out, place, dtype)
+    for i in progress(range(config.num_hidden_layers), "blocks", config.num_hidden_layers):
+        _run_block_(config, read_block(weights, i, place), x_BTD)
+    loss = _mean_loss(config, weights, x_BTD, held_out)
+    return {"loss_nats_per_token": loss, "held_out_tokens": held_out.numel()}
+
+
+def _mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
+    """Nats/token over the T − 1 predictions of each row, from the last block's hidden states."""
+    norm = weights["model.norm.weight"].to(x_BTD)
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).to(x_BTD)
+    total = 0.0
+    for x_TD, tokens_T in zip(x_BTD, tokens_BT.to(x_BTD.device), strict=True):
+        for x_D, target in zip(x_TD[:-1].split(1024), tokens_T[1:].split(1024), strict=True):
+            logits = F.linear(_rms_norm(x_D, norm, config.rms_norm_eps), head)
+            total += F.cross_entropy(at_least_float32(logits), target, reduction="sum").item()
+    return total / (tokens_BT.shape[0] * (tokens_BT.shape[1] - 1))
+
+
+# ==================================================================================================
+# A reader may stop here. What follows reads files, checks them, and writes them.
+# ==================================================================================================
+
+# ---- 9 checkpoints -------------------------------------------------------------------------------
+
+# The block of these model types is LLaMA's. Qwen2 has biases on q, k and v by definition.
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _sliding_window(raw: Mapping[str, Any]) -> bool:
+    # subtle: a mistral config without the key has a window of 4096 in transformers.
+    mistral = raw["model_type"] == "mistral" and raw.get("sliding_window", 4096) is not None
+    qwen2 = raw["model_type"] == "qwen2" and bool(raw.get("use_sliding_window"))
+    return mistral or qwen2 or any(t != "full_attention" for t in raw.get("layer_types") or ())
+
+
+def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Old files have rope_theta at the top and the rest in rope_scaling, new ones all of it in
+    rope_parameters; as in transformers rope_scaling wins, and so does the nested rope_theta."""
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    top = {name: raw[name] for name in ("rope_theta", "partial_rotary_factor") if raw.get(name)}
+    return {"rope_type": rope.get("type", "default"), **top, **rope}
+
+
+# What LLaMA's block does not compute: its name, and whether a config.json asks for it.
+UNSUPPORTED_CONFIG: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    f"model_type {{model_type!r}} (supported: {', '.join(MODEL_TYPES)})":
+        lambda raw: raw["model_type"] not in MODEL_TYPES,
+    "hidden_act {hidden_act!r} (supported: silu)":
+        lambda raw: raw["hidden_act"] not in (None, "silu"),
+    "quantised weights (quantization_config)": lambda raw: bool(raw["quantization_config"]),
+    "partial rotary embedding": lambda raw: _rope(raw).get("partial_rotary_factor", 1) != 1,
+    "sliding window (a mistral model without one has sliding_window null)": _sliding_window,
+}
+
+def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """Read a Hugging Face model directory: `(config, weights)`, weights by parameter name.
+
+    The tensors are mapped from their files: a page is read when it is first used, and costs no
+    anonymous memory. Names and shapes are those of `Llama(config)`; left-over `rotary_emb.inv_freq`
+    and a stored copy of tied embeddings are dropped.
+    Raises ValueError, with the file and what to do, for anything that is not such a checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such directory (MODEL is one on this machine)")
+    raw = read_json(folder / "config.json")
+    try:
+        config = _parse_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        weights |= _read_tensors(file)
+    try:
+        weights = _drop_leftovers(config, weights)
+        _check_weights(config, weights)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return config, weights
+
+
+def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
+    """The config of a parsed config.json; raises ValueError that names what is not supported."""
+    for name, asked_for in UNSUPPORTED_CONFIG.items():
+        null_if_absent = collections.defaultdict(lambda: None, raw)
+        if asked_for(null_if_absent):
+            raise ValueError(f"not supported: {name.format_map(null_if_absent)}")
+    rope = _rope(raw)
+    kind = rope["rope_type"]
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"not supported: rope type {kind!r} (supported: {', '.join(ROPE_FIELDS)})")
+    types = {f.name: f.type for f in dataclasses.fields(LlamaConfig)}
+    fields = {name: raw[name] for name in types if name != "raw" and raw.get(name) is not None}
+    absent = [name for name in list(types)[:5] if name not in fields]
+    if absent := absent + [name for name in ROPE_FIELDS[kind] if name not in rope]:
+        raise ValueError(f"no {', '.join(absent)}")
+    for name, value in fields.items():
+        if types[name] in (int, float) and not (type(value) in (int, types[name]) and value > 0):
+            raise ValueError(f"{name} is {value!r}, expected a positive number")
+    return LlamaConfig(**{**fields, "rope_theta": rope.get("rope_theta", 10000.0),
+                          "rope_scaling": None if kind == "default" else rope, "raw": raw})
+
+
+def _config_json(config: LlamaConfig) -> dict[str, Any]:
+    """The content of config.json: what was read, with only num_key_value_heads changed."""
+    if config.raw:
+        return {**config.raw, "num_key_value_heads": config.num_key_value_heads}
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    del fields["raw"]
+    if config.model_type == "mistral":
+        fields["sliding_window"] = None
+    return {"architectures": [f"{config.model_type.capitalize()}ForCausalLM"], **fields}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError with the file's name if there is none."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return value
+
+
+def write_json(file: Path, value) -> None:
+    """Write a value as an indented JSON file."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's weight files: safetensors if there are any, else pytorch_model*.bin."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            names = set(read_json(index).get("weight_map", {}).values())
+            # By name, not by resolved path: a hub cache is full of honest symbolic links.
+            for outside in (n for n in names if Path(n).name != n):
+                raise ValueError(f"{index}: {outside!r} is outside the directory")
+            return [folder / n for n in sorted(names)]
+        if (folder / name).is_file():
+            return [folder / name]
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise ValueError(f"{folder}: no *.safetensors and no pytorch_model*.bin")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of one weight file, mapped and not read."""
+    from safetensors.torch import load_file
+
+    if not os.access(file, os.R_OK):
+        raise ValueError(f"{file}: missing or not readable; download it again")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        mapped = zipfile.is_zipfile(file)  # older files, which are no archives, are read whole
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if not all(isinstance(w, Tensor) for w in tensors.values()):
+            raise TypeError("it holds other things")
+        return dict(tensors)
+    except Exception as error:  # a broken file can make torch.load raise almost anything
+        reason = re.split(r"[.\n]", str(error).strip())[0] or type(error).__name__
+        raise ValueError(f"{file}: truncated, corrupt or not a plain file of tensors ({reason}); "
+                         "download it again, as safetensors if there are") from None
+
+
+def _drop_leftovers(config: LlamaConfig, weights: Weights) -> dict[str, Tensor]:
+    """The weights without what old files carry along; one name for tied embeddings."""
+    weights = {n: w for n, w in weights.items() if not n.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        # A file may hold both of the tied tensors, or only one of them, under either name.
+        head = weights.pop("lm_head.weight")
+        embedding = weights.setdefault("model.embed_tokens.weight", head)
+        if embedding.dtype != head.dtype or not torch.equal(embedding, head):
+            raise ValueError(
+                "tie_word_embeddings is true, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set it to false, or remove lm_head.weight"
+            )
+    # A .bin file can hold two names of one tensor; in a safetensors file each has bytes of its own.
+    owners = {w.data_ptr(): n for n, w in weights.items()}
+    return {n: w if owners[w.data_ptr()] == n else w.clone() for n, w in weights.items()}
+
+
+def _check_weights(config: LlamaConfig, weights: Weights) -> None:
+    """Raise ValueError unless the names, shapes and dtypes are those of `Llama(config)`."""
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(f"{len(layers)} layers among the weights, but num_hidden_layers is "
+                         f"{config.num_hidden_layers} in config.json")
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in Llama(config).named_parameters()}
+    unknown, missing = weights.keys() - expected.keys(), expected.keys() - weights.keys()
+    for what, names in (("unknown tensor", unknown), ("missing tensor", missing)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{what} {min(names)}{more}; is config.json this checkpoint's?")
+    for name, shape in expected.items():
+        if not weights[name].dtype.is_floating_point or weights[name].element_size() == 1:
+            raise ValueError(f"tensor {name} is {weights[name].dtype}, expected float16, bfloat16 "
+                             "or float32")
+        if weights[name].shape != shape:
+            raise ValueError(f"tensor {name} has shape {list(weights[name].shape)}, expected "
+                             f"{list(shape)} from config.json")
+
+
+def _block_prefix(i: int) -> str:
+    """What the names of block i's tensors begin with."""
+    return f"model.layers.{i}."
+
+
+def block_weights(weights: Weights, i: int) -> dict[str, Tensor]:
+    """The weights of block i, named as in `Block`."""
+    prefix = _block_prefix(i)
+    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+
+
+def non_block_weights(weights: Weights) -> dict[str, Tensor]:
+    """Embedding, last norm and head."""
+    return {n: w for n, w in weights.items() if not n.startswith("model.layers.")}
+
+
+def _n_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors together."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def save_checkpoint(
+    path: PathLike, config: LlamaConfig, weights: Weights, tokenizer_from: PathLike | None = None
+) -> None:
+    """Write a Hugging Face directory, as `new_checkpoint` does, of weights that are in memory."""
+    _check_weights(config, weights)
+    size = _n_bytes(weights.values())
+    with new_checkpoint(path, config, size, tokenizer_from) as writer:
+        for i in range(config.num_hidden_layers):
+            prefix = _block_prefix(i)
+            writer.write_shard({n: w for n, w in weights.items() if n.startswith(prefix)})
+        writer.write_shard(non_block_weights(weights))
+
+
+@dataclasses.dataclass
+class CheckpointWriter:
+    """A checkpoint directory that is being written, see `new_checkpoint`."""
+
+    folder: Path
+    config: LlamaConfig
+    weight_map: dict[str, str] = dataclasses.field(default_factory=dict)
+    total_size: int = 0
+    n_shards: int = 0
+
+    def write_shard(self, weights: Weights) -> None:
+        """Write the next of L + 1 shards, the blocks and then what is outside of them."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        self.n_shards += 1
+        name = f"model-{self.n_shards:05d}-of-{self.config.num_hidden_layers + 1:05d}.safetensors"
+        tensors = {n: w.contiguous().cpu() for n, w in weights.items()}
+        try:
+            save_file(tensors, self.folder / name, {"format": "pt"})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(f"{self.folder / name}: cannot be written ({error})") from None
+        self.weight_map |= dict.fromkeys(sorted(tensors), name)
+        self.total_size += _n_bytes(tensors.values())
+
+
+@contextlib.contextmanager
+def new_checkpoint(
+    path: PathLike, config: LlamaConfig, size: int, tokenizer_from: PathLike | None = None
+) -> Iterator[CheckpointWriter]:
+    """A Hugging Face directory to write shard by shard; it is there whole or not at all.
+
+    Within the with block `writer.write_shard` writes its safetensors files. At its end come index
+    and config.json, and the tokenizer and generation files of the directory `tokenizer_from`; then
+    the directory gets its name. Raises ValueError if `path` exists and is not empty or the disk has
+    no `size` bytes free, OSError if writing fails.
+    """
+    with _new_directory(path, size) as folder:
+        writer = CheckpointWriter(folder, config)
+        yield writer
+        write_json(folder / "model.safetensors.index.json", {
+            "metadata": {"total_size": writer.total_size}, "weight_map": writer.weight_map})
+        write_json(folder / "config.json", _config_json(config))
+        for file in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
+            shutil.copymode(folder / "config.json", file)
+        patterns = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                    "merges.txt", "chat_template*", "generation_config.json", "LICENSE*")
+        for pattern in patterns if tokenizer_from else ():
+            for file in sorted(Path(tokenizer_from or "").glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+
+
+def _check_new_directory(path: PathLike, size: int) -> Path:
+    """`path` without links; ValueError unless a directory of `size` bytes can be made there."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: exists and is not an empty directory; choose another one")
+    if path.is_mount() or path == Path.cwd():
+        raise ValueError(f"{path}: cannot be replaced; choose a new directory inside of it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent}: no such directory, or no permission to write into it")
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise ValueError(f"{path.parent}: {size:,} bytes are needed, {free:,} are free on the disk")
+    return path
+
+
+@contextlib.contextmanager
+def _new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
+    """A directory to write into: it becomes `path` if the with block ends well, or else vanishes.
+
+    Raises ValueError as `_check_new_directory` says.
+    """
+    path = _check_new_directory(path, size)
+    temporary = path.with_name(f".mha2gqa-{time.time_ns():x}")
+    try:
+        temporary.mkdir()  # within the try: a signal can come the moment it returns
+        yield temporary
+        if path.exists():
+            shutil.copymode(path, temporary)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+# ---- 10 text and tokenizers ----------------------------------------------------------------------
+
+
+def _paths(files: PathLike | Sequence[PathLike]) -> list[str]:
+    """One path or several, as a list."""
+    return [os.fspath(f) for f in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+
+
+def text_rows(
+    model_dir: PathLike, config: LlamaConfig, corpus: Corpus, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(calibration rows, held-out rows) of a corpus, both (rows, seq_len).
+
+    Held out are the rows of `eval_files` or else the first 10 % of those read, and never more than
+    65,536 tokens. Without `files` there are no calibration rows. Warns if the text is shorter than
+    `tokens`; raises ValueError for bad files or too little text.
+    """
+    seq_len, tokens = row_length(config, corpus.seq_len), corpus.tokens
+    files, eval_files = _paths(corpus.files), _paths(corpus.eval_files)
+    if tokens < 2 * seq_len:
+        raise ValueError(f"{tokens} tokens: expected at least two rows of {seq_len}")
+    encode = load_tokenizer(model_dir)
+
+    def rows(files, n_tokens, n_least):
+        documents = [document for file in files for document in _read_documents(file)]
+        found = _pack_rows(documents, encode, config, n_tokens, seq_len, seed)
+        if len(found) < n_least:
+            raise ValueError(f"too little text in {', '.join(files) or 'no files'}: "
+                             f"{n_least} rows of {seq_len} tokens are needed")
+        return found
+
+    held_out = rows(eval_files, max(seq_len, 65_536), 1) if eval_files else None
+    if held_out is not None and not files:
+        return held_out[:0], held_out
+    calibration = rows(files, tokens, 1 if eval_files else 2)
+    if len(calibration) < tokens // seq_len:
+        found = f"the text has {calibration.numel():,} tokens in whole rows of {seq_len}"
+        warnings.warn(f"{found}, not the {tokens:,} asked for: using those", stacklevel=2)
+    if held_out is None:
+        n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
+        held_out, calibration = calibration[:n], calibration[n:]  # first: more tokens add to them
+    return calibration, held_out
+
+
+def row_length(config: LlamaConfig, seq_len: int | None) -> int:
+    """Tokens a row: `seq_len`, or min(2048, max_position_embeddings); ValueError if longer."""
+    limit = config.max_position_embeddings
+    seq_len = min(2048, limit) if seq_len is None else seq_len
+    if not 2 <= seq_len <= limit:
+        raise ValueError(f"sequence length {seq_len}: expected 2 to {limit} for this model")
+    return seq_len
+
+
+def check_calibration_rows(rows_BT: Tensor, method: Method) -> None:
+    """Raise ValueError if there are too few rows: a refit needs one to train on, one held out."""
+    least = 2 if method.refit else 1
+    if len(rows_BT) < least:
+        raise ValueError(f"{least} rows of {rows_BT.shape[1]} tokens are needed to calibrate with, "
+                         f"found {len(rows_BT)}; more text, a smaller --seq-len, or --no-refit")
+
+
+def _read_documents(path: PathLike) -> list[str]:
     """A text file's documents: the "text" of each JSONL record, or the whole of any other file.
 
     .gz and .xz are unpacked. Raises ValueError with file and line for what cannot be read.
@@ -628,13 +1759,13 @@ def read_documents(path: PathLike) -> list[str]:
     path = Path(path)
     if not path.exists() or path.is_dir():
         raise ValueError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
-    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
-    kind = Path(path.stem).suffix if unpack else path.suffix
+    unpack: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
+    kind = Path(path.stem).suffix if path.suffix in unpack else path.suffix
     try:
-        with (unpack or open)(path, "rt", encoding="utf-8-sig") as file:
+        with unpack.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
             if kind in (".jsonl", ".json"):
                 lines = enumerate(file, 1)
-                documents = [record_text(path, n, line) for n, line in lines if line.strip()]
+                documents = [_record_text(path, n, line) for n, line in lines if line.strip()]
             else:
                 documents = [file.read()]
     except (UnicodeError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
@@ -646,11 +1777,11 @@ def read_documents(path: PathLike) -> list[str]:
     return documents
 
 
-def record_text(path: Path, number: int, line: str) -> str:
+def _record_text(path: Path, number: int, line: str) -> str:
     """The text of one JSONL record; raises ValueError with file and line if it has none."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error.args[0]})") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError(f'{path}, line {number}: expected an object with a "text" string')
@@ -664,62 +1795,50 @@ def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
     unless tokenizer_config.json has add_bos_token false. Raises ValueError without either.
     """
     folder = Path(path)
-    if (folder / "tokenizer.json").is_file():
-        return from_tokenizer_json(folder / "tokenizer.json")
-    if (folder / "tokenizer.model").is_file():
-        return from_tokenizer_model(folder / "tokenizer.model", folder / "tokenizer_config.json")
+    for name, load in (("tokenizer.json", _from_tokenizer_json),
+                       ("tokenizer.model", _from_tokenizer_model)):
+        if (folder / name).is_file():
+            try:
+                return load(folder / name)
+            except Exception as error:  # tokenizers raises nothing narrower
+                raise ValueError(f"{folder / name}: cannot be read ({error})") from None
     raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
 
 
-def from_tokenizer_json(file: Path) -> Callable[[list[str]], list[list[int]]]:
+def _from_tokenizer_json(file: Path) -> Callable[[list[str]], list[list[int]]]:
     """`load_tokenizer` of a file of the tokenizers package."""
     from tokenizers import Tokenizer
 
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{file}: cannot be read ({error})") from None
+    tokenizer = Tokenizer.from_file(str(file))
     # subtle: a tokenizer.json may have been saved with a truncation to a few hundred tokens.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-
-    def encode(texts):
-        try:
-            return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-        except Exception as error:  # as above
-            raise ValueError(f"{file}: cannot encode the text ({error})") from None
-
-    return encode
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
-def from_tokenizer_model(file: Path, config_file: Path) -> Callable[[list[str]], list[list[int]]]:
+def _from_tokenizer_model(file: Path) -> Callable[[list[str]], list[list[int]]]:
     """`load_tokenizer` of a file of the sentencepiece package."""
     import sentencepiece
 
     tokenizer = sentencepiece.SentencePieceProcessor()
-    try:
-        tokenizer.Load(str(file))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
+    tokenizer.Load(str(file))
+    config_file = file.with_name("tokenizer_config.json")
     settings = read_json(config_file) if config_file.is_file() else {}
     add_bos = settings.get("add_bos_token") is not False and tokenizer.bos_id() >= 0
     return lambda texts: tokenizer.encode(texts, add_bos=add_bos)
 
 
-def pack_rows(
-    documents: Sequence[str],
-    encode: Callable[[list[str]], list[list[int]]],
-    config: LlamaConfig,
-    n_tokens: int,
-    seq_len: int,
-    seed: int,
+def _pack_rows(
+    documents: Sequence[str], encode: Callable[[list[str]], list[list[int]]], config: LlamaConfig,
+    n_tokens: int, seq_len: int, seed: int
 ) -> Tensor:
     """Token rows (rows, seq_len) of documents shuffled by the seed, each closed by EOS, end to end.
 
-    At most `n_tokens` tokens; what does not fill a row is left. Raises ValueError for a token that
-    the model does not have.
+    At most `n_tokens` tokens; a last row that is not full is dropped. Raises ValueError for a token
+    that the model does not have.
     """
-    end = config.eos_token_ids[:1]
+    eos = config.eos_token_id
+    end = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)[:1]
     documents = random.Random(seed).sample(documents, len(documents))
     ids, read = [np.zeros(0, np.int64)], 0
     while documents and read < n_tokens:
@@ -741,1054 +1860,94 @@ def pack_rows(
     return torch.from_numpy(stream[: n_rows * seq_len].reshape(n_rows, seq_len))
 
 
-def text_rows(
-    model_dir: PathLike,
-    config: LlamaConfig,
-    text: PathLike | Sequence[PathLike],
-    eval_text: PathLike | Sequence[PathLike] = (),
-    tokens: int = 262_144,
-    seq_len: int | None = None,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """(calibration rows, held-out rows), both (rows, seq_len), of `tokens` tokens of the text.
+# ---- 11 report and command line ------------------------------------------------------------------
 
-    Held out are the rows of `eval_text` or else the first 10 % of those read, and never more than
-    65,536 tokens. `seq_len` is min(2048, max_position_embeddings) unless given. With `eval_text`
-    alone there are no calibration rows. Warns if the text is shorter than `tokens`; raises
-    ValueError for bad files or too little text.
-    """
-    limit = config.max_position_embeddings
-    seq_len = min(2048, limit) if seq_len is None else seq_len
-    if not 2 <= seq_len <= limit:
-        raise ValueError(f"sequence length {seq_len}: expected 2 to {limit} for this model")
-    if tokens < 2 * seq_len:
-        raise ValueError(f"{tokens} tokens: expected at least two rows of {seq_len}")
-    encode = load_tokenizer(model_dir)
 
-    def rows(files, n_tokens, n_least):
-        files = [files] if isinstance(files, PathLike) else files
-        documents = [document for file in files for document in read_documents(file)]
-        found = pack_rows(documents, encode, config, n_tokens, seq_len, seed)
-        if len(found) < n_least:
-            raise ValueError(f"too little text in {', '.join(map(str, files)) or 'no files'}: "
-                             f"{n_least} rows of {seq_len} tokens are needed")
-        return found
-
-    held_out = rows(eval_text, max(seq_len, 65_536), 1) if eval_text else None
-    if held_out is not None and not text:
-        return held_out[:0], held_out
-    calibration = rows(text, tokens, 1 if eval_text else 2)
-    if len(calibration) < tokens // seq_len:
-        found = f"the text has {calibration.numel():,} tokens in whole rows of {seq_len}"
-        warnings.warn(f"{found}, not the {tokens:,} asked for: using those", stacklevel=2)
-    if held_out is None:
-        n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
-        held_out, calibration = calibration[:n], calibration[n:]  # first: more tokens add to them
-    return calibration, held_out
-
-
-def value_gram(v_NKE: Tensor) -> Tensor:
-    """Gram blocks C_ij = Σ_n v_i[n] v_j[n]ᵀ of all pairs of heads: (K, K, E, E)."""
-    n, k, e = v_NKE.shape
-    v = v_NKE.reshape(n, k * e)
-    return (v.T @ v).view(k, e, k, e).transpose(1, 2)
-
-
-def key_gram(k_NKE: Tensor) -> Tensor:
-    """Hermitian M_p[i, j] = Σ_n z_i[n] conj(z_j[n]) of each RoPE plane: complex (P, K, K).
-
-    z_p = k_p + i·k_(p + E/2). The same before and after RoPE, which turns both heads alike.
-    """
-    z_PKN = torch.complex(*k_NKE.chunk(2, dim=-1)).permute(2, 1, 0)
-    return z_PKN @ z_PKN.mH
-
-
-def query_power(q_NHE: Tensor) -> Tensor:
-    """Σ_n |q|² (H, P) of each head in each RoPE plane."""
-    return sum(half.square().sum(0) for half in q_NHE.chunk(2, dim=-1))
-
-
-def block_grams(
-    config: LlamaConfig, weights: Mapping[str, Tensor], x_BTD: Tensor, metric: str
-) -> dict[str, Tensor]:
-    """What a block's alignment needs to know of the hidden states that enter it.
-
-    "key" and "value": the Grams of its heads. "query": Σ_n |q|² (K, P), the power that the query
-    heads of each unit have in each RoPE plane. `metric` "cos" first brings every head's key and
-    value vector to length 1 (eq. 7, 8), "dist" does not. Products of some thousand tokens are made
-    in float32 at least, their sums in float64.
-    """
-    sums = {"value": ("v_proj", value_gram), "key": ("k_proj", key_gram),
-            "query": ("q_proj", query_power)}
-    grams = dict.fromkeys(sums, 0)
-    for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
-        y_ND = rms_norm(rows, weights["input_layernorm.weight"].to(rows), config.rms_norm_eps)
-        for name, (module, make) in sums.items():
-            weight, bias = (weights.get(f"self_attn.{module}.{p}") for p in ("weight", "bias"))
-            y_NKE = F.linear(y_ND, weight.to(rows), None if bias is None else bias.to(rows))
-            y_NKE = wide(y_NKE).flatten(0, 1).unflatten(-1, (-1, config.head_dim))
-            if metric == "cos" and name != "query":
-                y_NKE = F.normalize(y_NKE, dim=-1)
-            gram = make(y_NKE)
-            grams[name] += gram.to(torch.promote_types(gram.dtype, torch.float64))
-    grams["query"] = grams["query"].unflatten(0, (config.num_key_value_heads, -1)).sum(1)
-    return grams
-
-
-# ---- 4 alignment ---------------------------------------------------------------------------------
-
-
-def polar(a: Tensor) -> Tensor:
-    """The unitary q of shape (…, E, E) with the greatest Re⟨a, q⟩: U Vᴴ of a = U S Vᴴ.
-
-    Of a single complex number, which a head is in a RoPE plane, it is the phase a/|a|.
-    """
-    if a.is_complex() and a.shape[-1] == 1:
-        return torch.polar(torch.ones_like(a.real), a.angle())
-    u, _, vh = torch.linalg.svd(a)
-    return u @ vh
-
-
-def procrustes(a_NE: Tensor, b_NE: Tensor) -> Tensor:
-    """The orthogonal q (E, E) with the least ‖a q − b‖ (Schönemann 1966; eq. 5, 6).
-
-    Raises ValueError unless a and b are matrices of one shape.
-    """
-    check_pair(a_NE, b_NE)
-    return polar(a_NE.mT @ b_NE)
-
-
-def rope_procrustes(a_NE: Tensor, b_NE: Tensor) -> Tensor:
-    """The same among the rotations that commute with RoPE: one angle for each plane (eq. 14).
-
-    Returns q (E, E) for a q ≈ b. Plane p is dims (p, p + E/2), as in Hugging Face checkpoints.
-    Raises ValueError unless a and b are matrices of one shape with an even E.
-    """
-    check_pair(a_NE, b_NE)
-    if a_NE.shape[1] % 2:
-        raise ValueError(f"E is {a_NE.shape[1]}, but RoPE needs an even one")
-    gram_P22 = key_gram(torch.stack([b_NE, a_NE], dim=1))
-    c_P = polar(gram_P22[:, 0, 1, None, None]).flatten()  # the phase of Σ b conj(a)
-    cos, sin = c_P.real.diag(), c_P.imag.diag()
-    return torch.cat([torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)])
-
-
-def check_pair(a_NE: Tensor, b_NE: Tensor) -> None:
-    """Raise ValueError unless both are matrices (N, E)."""
-    if a_NE.ndim != 2 or a_NE.shape != b_NE.shape:
-        found = f"{list(a_NE.shape)} and {list(b_NE.shape)}"
-        raise ValueError(f"expected two matrices (N, E) of one shape, found {found}")
-
-
-def inner_products(gram: Tensor, maps: Tensor) -> Tensor:
-    """Re⟨Y_i, Y_j⟩ (…, M, M) of the mapped heads Y_i = X_i q_i: Re tr(q_iᴴ C_ij q_j)."""
-    left = maps.mH[..., :, None, :, :] @ gram  # (…, M, M, E, E)
-    return (left * maps.mT[..., None, :, :, :]).sum((-1, -2)).real
-
-
-def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Tensor]:
-    """Turn the M heads of a group so that they agree best (algorithm 1, in Gram space).
-
-    gram: (…, M, M, E, E) real, blocks C_ij = X_iᵀ X_j; with rope=True (…, P, M, M) complex,
-    Σ_n z_i conj(z_j), a problem of its own for each plane. Leading dims are independent problems.
-    Returns (maps, objective history). maps: (…, M, E, E) orthogonal, X_i q_i agree, or (…, P, M)
-    complex of modulus 1, c_i z_i agree; the first head's map is the identity. history: (rounds + 1,
-    …) or (rounds + 1, …, P) values of Σ_(i<j) ⟨Y_i, Y_j⟩, which never fall.
-    Raises ValueError for a Gram of another shape.
-
-    One round turns each head in turn onto the sum of the others, as they now stand: an exact
-    maximum in that head's map. Algorithm 1 turns all heads onto one mean that contains them; it
-    climbs as surely, but takes several times as many rounds. They end when no problem's objective
-    rises by a 1e-10th, or after 500.
-    """
-    if gram.ndim < (3 if rope else 4) or gram.shape[-1] != gram.shape[-2]:
-        raise ValueError(f"expected a Gram (…, M, M, E, E) or (…, P, M, M), found {[*gram.shape]}")
-    # A RoPE plane is a head dim of one complex number: the same problem with E = 1.
-    gram = gram.conj()[..., None, None] if rope else gram
-    maps = polar(gram[..., :, 0, :, :])  # pairwise onto the first (eq. 6)
-    maps[..., 0, :, :] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    history = [inner_products(gram, maps).triu(1).sum((-1, -2))]
-    for _ in range(500):
-        turned, rise = maps, torch.zeros_like(history[-1])
-        for i in range(gram.shape[-4]):
-            turned, gain = turn_head(gram, turned, i)
-            rise += gain
-        if not (rise > 1e-10 * history[-1].abs()).any():
-            break
-        # subtle: rounding can make a problem that has long converged fall; it keeps its maps.
-        maps = torch.where((rise > 0)[..., None, None, None], turned, maps)
-        history.append(history[-1] + rise.clamp(min=0))
-    maps = maps @ maps[..., :1, :, :].mH  # a rotation common to all heads is free
-    return (maps[..., 0, 0] if rope else maps), torch.stack(history)
-
-
-def turn_head(gram: Tensor, maps: Tensor, i: int) -> tuple[Tensor, Tensor]:
-    """(the maps with head i turned onto the sum of its group's other heads, what that gains)."""
-    onto = (gram[..., i, :, :, :] @ maps).sum(-3) - gram[..., i, i, :, :] @ maps[..., i, :, :]
-    turned = maps.clone()
-    turned[..., i, :, :] = polar(onto)
-    return turned, ((turned - maps)[..., i, :, :] * onto.conj()).sum((-1, -2)).real
-
-
-TINY = 1e-100  # the energy of heads that are all zero, lest 0/0; all of this is in float64
-
-
-def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The key that serves M heads best: (maps onto it, ways back, share of energy kept).
-
-    One step beyond rotations: in a RoPE plane a key z_i may be scaled by any complex number, if its
-    queries are scaled by the inverse's conjugate. So heads need not become alike to share: it is
-    enough that each is some multiple of one key s, z_i ≈ a_i s. An error in z_i costs in proportion
-    to the power p_i of the queries that read it, so what is wanted is the best √p_i z_i ≈ u_i s:
-    u is the leading eigenvector of √p_i M_p[i, j] √p_j, s = Σ conj(u_i) √p_i z_i (Eckart and Young
-    1936), and a_i = u_i/√p_i. Both are scaled so that s has the heads' mean power and weights stay
-    near their size. The mean of the mapped keys is s. Energy is Σ p_i |z_i|².
-    gram: (…, P, M, M), power: (…, M, P); maps and ways back: (…, M, P) complex; share: (…).
-    """
-    m = power_MP.shape[-2]
-    # subtle: a unit without queries would divide 0 by 0.
-    root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max() + TINY).sqrt()
-    energy_PM, vector_PMM = torch.linalg.eigh(
-        root_PM[..., :, None] * gram_PMM * root_PM[..., None, :])
-    best_P, u_PM = energy_PM[..., -1], vector_PMM[..., -1]
-    power_P = gram_PMM.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-    scale_PM = (power_P.clamp(min=TINY) / best_P.clamp(min=TINY)).sqrt()[..., None]
-    kept = (best_P.sum(-1) + TINY) / (energy_PM.sum((-1, -2)) + TINY)
-    return (m * scale_PM * root_PM * u_PM.conj()).mT, (u_PM / (scale_PM * root_PM)).mT, kept
-
-
-def shared_values(gram_MMEE: Tensor, s_MEE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The value head that serves M heads best: (maps onto it, ways back, share of energy kept).
-
-    The same for values, which may be mapped by any matrix if Wo takes the way back: v_i ≈ s r_i for
-    some r_i is enough. An error in v_i costs what Wo makes of it, ‖δv_i S_i‖ with the symmetric
-    S_i of `output_root`, so what is wanted is the best v_i S_i ≈ s U_iᵀ: U has the leading E
-    eigenvectors of the Gram of all v_i S_i side by side, s = Σ v_i S_i U_i, and r_i = U_iᵀ S_i⁻¹.
-    Again s is scaled to the values' mean power, and is the mean of the mapped values. Energy is
-    Σ ‖v_i S_i‖². Rows are vectors, as in `transform`: v → v q.
-    gram: (…, M, M, E, E); S, maps, ways back: (…, M, E, E); share: (…).
-    """
-    m, e = s_MEE.shape[-3], s_MEE.shape[-1]
-    stacked = s_MEE[..., :, None, :, :] @ gram_MMEE @ s_MEE[..., None, :, :, :]
-    energy_X, vector_XX = torch.linalg.eigh(stacked.transpose(-3, -2).flatten(-2).flatten(-3, -2))
-    u_MEE = vector_XX[..., -e:].unflatten(-2, (m, e))
-    best, power = energy_X[..., -e:].sum(-1), gram_MMEE.diagonal(dim1=-4, dim2=-3)
-    power = power.diagonal(dim1=-3, dim2=-2).sum((-1, -2)) / m
-    scale_MEE = (power.clamp(min=TINY) / best.clamp(min=TINY)).sqrt()[..., None, None, None]
-    kept = (best + TINY) / (energy_X.sum(-1) + TINY)
-    return m * scale_MEE * s_MEE @ u_MEE, u_MEE.mT @ torch.linalg.inv(s_MEE) / scale_MEE, kept
-
-
-def output_root(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Tensor:
-    """S_i = (Σ WoᵀWo)^½ (K, E, E) over a unit's query heads: ‖v S_i‖ is what Wo makes of v."""
-    heads = (config.num_key_value_heads, -1, config.head_dim)
-    wo_KQED = weights["self_attn.o_proj.weight"].double().mT.unflatten(0, heads)
-    value, vector = torch.linalg.eigh((wo_KQED @ wo_KQED.mT).sum(1))
-    root = value.clamp(min=1e-12 * value.max() + 1e-30).sqrt()  # it is inverted
-    return (vector * root[..., None, :]) @ vector.mT
-
-
-def discarded_energy(grams: Mapping[str, Tensor], s_KEE: Tensor) -> Tensor:
-    """What linear alignment loses when two heads share: (K, K), keys plus values.
-
-    The eigenvalues that `shared_keys` and `shared_values` do not keep; those of keys and of values
-    each divided by their mean over all pairs. A larger group is judged by the sum over its pairs.
-    """
-    k, e = s_KEE.shape[:2]
-    pairs, lost, energy = torch.combinations(torch.arange(k)), [], []
-    for some in pairs.split(64):  # all at once would be a gigabyte
-        i, j = some[:, :, None], some[:, None, :]
-        root = grams["query"].sqrt()[some].movedim(-1, 0)  # (P, pairs, 2)
-        keys = root[..., :, None] * grams["key"][:, i, j] * root[..., None, :]
-        values = (s_KEE[i] @ grams["value"][i, j] @ s_KEE[j]).transpose(-3, -2)
-        values = values.flatten(3).flatten(1, 2)
-        keys, values = torch.linalg.eigvalsh(keys), torch.linalg.eigvalsh(values)
-        lost.append(torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)]))
-        energy.append(torch.stack([keys.sum((0, 2)), values.sum(1)]))
-    lost, energy = torch.cat(lost, dim=1), torch.cat(energy, dim=1).mean(1, keepdim=True)
-    # subtle: if nothing is lost, what is left is rounding: a 1e-12th of the energy counts as none.
-    lost = (lost / lost.mean(1, keepdim=True).clamp(min=1e-12 * energy + TINY)).sum(0)
-    energy_KK = torch.zeros(k, k, dtype=torch.float64)
-    energy_KK[pairs[:, 0], pairs[:, 1]] = lost
-    return energy_KK + energy_KK.mT
-
-
-def head_similarity(gram: Tensor, n_tokens: int, metric: str, rope: bool = False) -> Tensor:
-    """How alike two heads are once the one is best turned onto the other: s (K, K).
-
-    gram: (K, K, E, E) real or, with rope=True, (P, K, K) complex, summed over `n_tokens`.
-    metric "cos" (Gram of unit vectors): the mean cosine, eq. 18, 19. "dist": minus the mean square
-    distance, eq. 22 squared as in the paper's code. The best inner product is Σ|M_p[i, j]| over the
-    planes, or the nuclear norm of C_ij. Raises ValueError for another metric.
-    """
-    if rope:
-        return similarity(gram.abs().sum(0), n_tokens, metric)
-    inner_KK = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # the diagonal: tr C_ii
-    i, j = torch.triu_indices(*inner_KK.shape, offset=1, device=gram.device)
-    inner_KK[i, j] = inner_KK[j, i] = torch.linalg.svdvals(gram[i, j]).sum(-1)
-    return similarity(inner_KK, n_tokens, metric)
-
-
-def similarity(inner_KK: Tensor, n_tokens: int, metric: str) -> Tensor:
-    """The similarity of heads by their inner products ⟨Y_i, Y_j⟩ (…, K, K) over `n_tokens`."""
-    if metric == "cos":
-        return inner_KK / n_tokens
-    if metric != "dist":
-        raise ValueError(f"metric {metric!r}: expected cos or dist")
-    power_K = inner_KK.diagonal(dim1=-2, dim2=-1)
-    return (2 * inner_KK - power_K[..., :, None] - power_K[..., None, :]) / n_tokens
-
-
-# ---- 5 grouping ----------------------------------------------------------------------------------
-
-
-def anneal_groups(
-    s_KK: Tensor | np.ndarray, n_groups: int, seed: int = 0, temperature: float = 2.0
-) -> list[list[int]]:
-    """Split K heads into equal groups with the greatest sum of s over pairs inside (eq. 23, 24).
-
-    Simulated annealing by swaps of two heads (algorithm 2), 512 restarts side by side, 4,000 steps;
-    then the best swap of all until none helps. `temperature` is the first one, in standard
-    deviations of s; it falls to a hundredth. 0 is the paper's rule: improvements only.
-    Returns `n_groups` sorted lists, ordered by their first heads. Raises ValueError if `n_groups`
-    does not divide K or s is not a square matrix of finite numbers.
-    """
-    s_KK = torch.as_tensor(s_KK, dtype=torch.float64, device="cpu").numpy().copy()
-    k = len(s_KK)
-    if s_KK.shape != (k, k) or not np.isfinite(s_KK).all():
-        found = "values that are not finite" if s_KK.shape == (k, k) else f"shape {s_KK.shape}"
-        raise ValueError(f"expected a square matrix of finite similarities, found {found}")
-    if n_groups < 1 or k % n_groups:
-        raise ValueError(f"{k} heads cannot be split into {n_groups} equal groups")
-    s_KK = (s_KK + s_KK.T) / 2
-    np.fill_diagonal(s_KK, 0)
-    rng = np.random.default_rng(seed)
-    group_RK = rng.permuted(np.tile(np.arange(k) * n_groups // k, (512, 1)), axis=1)
-    group_RK = swap_at_random(s_KK, group_RK, 4000, temperature * s_KK.std(), rng)
-    group_RK = swap_the_best(s_KK, group_RK)
-    score_R = ((group_RK[:, :, None] == group_RK[:, None, :]) * s_KK).sum((1, 2))
-    best_K = group_RK[score_R.argmax()]
-    return sorted(np.flatnonzero(best_K == g).tolist() for g in range(n_groups))
-
-
-def attraction(s_KK: np.ndarray, group_RK: np.ndarray) -> np.ndarray:
-    """a[r, i, g]: the sum of s between head i and the heads of group g, in restart r."""
-    return s_KK @ (group_RK[:, :, None] == np.arange(group_RK.max() + 1)).astype(np.float64)
-
-
-def swap_at_random(s_KK, group_RK, steps, temperature, rng) -> np.ndarray:
-    """Metropolis: propose a swap in every restart, take it if better or with exp(gain / T)."""
-    group_RK, a_RKG = group_RK.copy(), attraction(s_KK, group_RK)
-    rows = np.arange(len(group_RK))
-    cooling = temperature * np.geomspace(1, 0.01, steps)
-    i_SR, j_SR = rng.integers(len(s_KK), size=(2, steps, len(rows)))
-    threshold_SR = -cooling[:, None] * rng.exponential(size=(steps, len(rows)))
-    for i, j, threshold in zip(i_SR, j_SR, threshold_SR, strict=True):
-        gi, gj = group_RK[rows, i], group_RK[rows, j]
-        # What i and j gain by changing places; their own bond is counted in both, and stays cut.
-        gain = a_RKG[rows, i, gj] - a_RKG[rows, i, gi] + a_RKG[rows, j, gi] - a_RKG[rows, j, gj]
-        gain -= 2 * s_KK[i, j]
-        r = np.flatnonzero((gi != gj) & (gain > threshold))
-        i, j, gi, gj = i[r], j[r], gi[r], gj[r]
-        moved = s_KK[i] - s_KK[j]  # head i leaves group gi and comes to gj, j the other way
-        a_RKG[r, :, gi] -= moved
-        a_RKG[r, :, gj] += moved
-        group_RK[r, i], group_RK[r, j] = gj, gi
-    return group_RK
-
-
-def swap_the_best(s_KK, group_RK) -> np.ndarray:
-    """Steepest ascent: in every restart make the best of all swaps, until none gains."""
-    group_RK, rows = group_RK.copy(), np.arange(len(group_RK))
-    while True:
-        a_RKG = attraction(s_KK, group_RK)
-        to_RKK = np.take_along_axis(a_RKG, group_RK[:, None, :], axis=2)  # a[i, group of j]
-        leave_RKK = to_RKK - np.diagonal(to_RKK, axis1=1, axis2=2)[:, :, None]
-        gain_RKK = leave_RKK + leave_RKK.transpose(0, 2, 1) - 2 * s_KK
-        gain_RKK[group_RK[:, :, None] == group_RK[:, None, :]] = 0
-        best_R = gain_RKK.reshape(len(rows), -1).argmax(1)
-        i, j = np.unravel_index(best_R, s_KK.shape)
-        r = np.flatnonzero(gain_RKK[rows, i, j] > 1e-12 * np.abs(s_KK).max())
-        if not len(r):
-            return group_RK
-        group_RK[r, i[r]], group_RK[r, j[r]] = group_RK[r, j[r]], group_RK[r, i[r]]
-
-
-# ---- 6 transform and merge -----------------------------------------------------------------------
-
-
-def transform(
-    weights: Mapping[str, Tensor],
-    config: LlamaConfig,
-    order_K: Sequence[int],
-    value_maps_KEE: Tensor | None = None,
-    key_maps_KP: Tensor | None = None,
-    value_back_KEE: Tensor | None = None,
-    key_back_KP: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """A block's weights with its units in a new order and mapped (eq. 12-17).
-
-    Maps are in the new order, None leaves heads as they are. Values v → v q, hence Wv → qᵀ Wv, and
-    what reads them goes back, v ≈ v q r: Wo → Wo rᵀ. Keys z_p → c_p z_p in plane p, and back by
-    a_p: queries z_p → conj(a_p) z_p. Ways back that are not given are the inverses r = q⁻¹
-    and a = 1/c: the block then computes the same, for any invertible q and any c but 0. Attention
-    weights come back in float64: only the last cast rounds.
-    """
-    k, e, order = config.num_key_value_heads, config.head_dim, torch.as_tensor(order_K)
-    if value_maps_KEE is not None and value_back_KEE is None:
-        value_back_KEE = torch.linalg.inv(value_maps_KEE)
-    if key_maps_KP is not None and key_back_KP is None:
-        key_back_KP = 1 / key_maps_KP
-    out = dict(weights)
-    for name, weight in weights.items():
-        module, _, part = name.partition(".")
-        if module != "self_attn" or part == "o_proj.bias":
-            continue
-        # All as (unit, its heads, E, D): rows of q, k, v or columns of o; D = 1 for a bias.
-        by_columns = part == "o_proj.weight"
-        rows = weight.double().mT if by_columns else weight.double()
-        w_KQED = rows.reshape(k, -1, e, rows.shape[1] if rows.ndim > 1 else 1)[order]
-        if part[0] in "vo" and value_maps_KEE is not None:
-            q_KEE = value_maps_KEE.mT if part[0] == "v" else value_back_KEE
-            w_KQED = q_KEE[:, None] @ w_KQED
-        if part[0] in "qk" and key_maps_KP is not None:
-            c_KP = key_maps_KP if part[0] == "k" else key_back_KP.conj()
-            z_KQPD = torch.complex(*w_KQED.chunk(2, dim=2)) * c_KP[:, None, :, None]
-            w_KQED = torch.cat([z_KQPD.real, z_KQPD.imag], dim=2)
-        rows = w_KQED.reshape(rows.shape)
-        out[name] = rows.mT.contiguous() if by_columns else rows
-    return out
-
-
-def merge(weights: Mapping[str, Tensor], config: LlamaConfig, kv_heads: int) -> dict[str, Tensor]:
-    """A block with each run of K/G neighbouring key and value heads averaged into one (eq. 25, 26).
-
-    Of untouched weights this is the mean-pooling of Ainslie et al. 2023.
-    In float64 for the averaged tensors.
-    """
-    out = dict(weights)
-    for name, weight in weights.items():
-        if name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
-            w_KED = weight.double().reshape(config.num_key_value_heads, config.head_dim, -1)
-            merged = w_KED.unflatten(0, (kv_heads, -1)).mean(1)
-            out[name] = merged.reshape(-1, *weight.shape[1:])
-    return out
-
-
-# ---- 7 masks -------------------------------------------------------------------------------------
-
-# The hard concrete distribution of Louizos et al. 2017: temperature β, stretched to (γ, ζ).
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-
-
-def hard_concrete(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Masks z in [0, 1] of log_alpha's shape, exactly 0 and 1 with probability above zero.
-
-    s = σ((log u − log(1 − u) + log α)/β) with u uniform from the generator, z = clamp(s(ζ − γ) + γ,
-    0, 1); no generator means no sampling: s = σ(log α) (Louizos et al. 2017, eq. 10-13).
-    """
-    s = torch.sigmoid(log_alpha)
-    if generator is not None:
-        u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device)
-        s = torch.sigmoid((torch.logit(u.to(log_alpha.dtype)) + log_alpha) / BETA)
-    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-
-def open_probability(log_alpha: Tensor) -> Tensor:
-    """P(z > 0) = σ(log α − β log(−γ/ζ)), of log_alpha's shape (Louizos et al. 2017, eq. 12)."""
-    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
-
-
-def l0_loss(log_alpha: Tensor, target: float) -> Tensor:
-    """|s − T| + (s − T)², a scalar, with s the mean P(z > 0) over all masks (eq. 29)."""
-    gap = open_probability(log_alpha).mean() - target
-    return gap.abs() + gap.square()
-
-
-# ---- 8 losses ------------------------------------------------------------------------------------
-
-
-def kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher ‖ student) of logits (…, V): nats for each token, shape (…), not reduced.
-
-    Both are divided by the temperature; no factor T². In float32 at least.
-    """
-    log_s, log_t = (F.log_softmax(wide(x) / temperature, dim=-1) for x in (student, teacher))
-    return (log_t.exp() * (log_t - log_s)).sum(-1)
-
-
-def bild_loss(
-    student: Tensor, teacher: Tensor, top_k: int = 16, temperature: float = 3.0
-) -> Tensor:
-    """Bi-directional logits difference loss (Li et al. 2024) of logits (…, V): shape (…).
-
-    The leader's top-k ids i < j by its rank; both models' differences logit_i − logit_j over the
-    temperature; softmax over the k(k−1)/2 pairs; KL(teacher ‖ student). Once with the teacher as
-    leader, once with the student, added. The ids are constants to the gradient; no factor T².
-    Raises ValueError if `top_k` is less than 2 or more than V.
-    """
-    if not 2 <= top_k <= student.shape[-1]:
-        raise ValueError(f"top_k {top_k}: expected 2 to the vocabulary's {student.shape[-1]}")
-    i, j = torch.triu_indices(top_k, top_k, offset=1, device=student.device)
-    loss = 0
-    for leader in (teacher, student):
-        ids = leader.detach().topk(top_k, dim=-1).indices
-        student_k, teacher_k = (wide(logits.gather(-1, ids)) for logits in (student, teacher))
-        student_pairs = student_k[..., i] - student_k[..., j]
-        loss = loss + kl_loss(student_pairs, teacher_k[..., i] - teacher_k[..., j], temperature)
-    return loss
-
-
-# ---- 9 convert -----------------------------------------------------------------------------------
-
-CHOICES = {
-    "align": ("linear", "rotation", "none"),
-    "group": ("energy", "value", "key", "adjacent"),
-    "metric": ("dist", "cos"),
-}
-GROUP_FOR = {"linear": "energy", "rotation": "value", "none": "adjacent"}
-
-
-def align_block(
-    grams: Mapping[str, Tensor],
-    s_KEE: Tensor,
-    n_tokens: int,
-    kv_heads: int,
-    align: str,
-    group: str,
-    metric: str,
-    seed: int,
-) -> tuple[list[list[int]], tuple[Tensor, ...], dict]:
-    """(groups, maps, report) of one block; the maps are `transform`'s, in the order of the groups.
-
-    grams: of `block_grams`, summed over `n_tokens` with this `metric`; s_KEE: `output_root`. The
-    report has the groups; for keys and values the mean similarity of pairs inside groups, before
-    and after, or with "linear" the share of energy that the shared heads keep.
-    """
-    k = grams["value"].shape[0]
-    groups = torch.arange(k).view(kv_heads, -1).tolist()
-    if group == "energy":
-        groups = anneal_groups(-discarded_energy(grams, s_KEE), kv_heads, seed)
-    elif group != "adjacent":
-        s_KK = head_similarity(grams[group], n_tokens, metric, rope=group == "key")
-        groups = anneal_groups(s_KK, kv_heads, seed)
-    g_GM = torch.tensor(groups)
-    i, j = g_GM[:, :, None], g_GM[:, None, :]
-    value_GMMEE, key_GPMM = grams["value"][i, j], grams["key"][:, i, j].movedim(0, 1)
-    report = {"groups": groups}
-    if align == "linear":
-        value_maps, value_back, value_kept = shared_values(value_GMMEE, s_KEE[g_GM])
-        key_maps, key_back, key_kept = shared_keys(key_GPMM, grams["query"][g_GM])
-        maps = value_maps, key_maps, value_back, key_back
-        report["energy_kept"] = {"key": key_kept.mean().item(), "value": value_kept.mean().item()}
-    else:
-        maps = (torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1),
-                torch.ones_like(key_GPMM[..., 0]).mT)
-        before = similarities(value_GMMEE, key_GPMM, *maps, n_tokens, metric)
-        if align == "rotation":
-            maps = (generalized_procrustes(value_GMMEE)[0],
-                    generalized_procrustes(key_GPMM, rope=True)[0].mT)
-        after = similarities(value_GMMEE, key_GPMM, *maps, n_tokens, metric)
-        report["similarity_inside_groups"] = {
-            name: {"before": before[name], "after": after[name]} for name in before}
-    return groups, tuple(q.flatten(0, 1) for q in maps), report
-
-
-def similarities(value_GMMEE, key_GPMM, value_maps, key_maps, n_tokens, metric) -> dict[str, float]:
-    """Mean similarity of the mapped heads, over all pairs inside groups."""
-    key_maps = key_maps.mT[..., None, None]  # a head dim of one complex number
-    inner = {"key": inner_products(key_GPMM.conj()[..., None, None], key_maps).sum(1),
-             "value": inner_products(value_GMMEE, value_maps)}
-    i, j = torch.triu_indices(*inner["key"].shape[1:], offset=1)
-    return {name: similarity(inner_GMM, n_tokens, metric)[:, i, j].mean().item()
-            for name, inner_GMM in inner.items()}
-
-
-@torch.no_grad()
-def convert(
-    model_dir: PathLike,
-    out_dir: PathLike,
-    kv_heads: int,
-    text: PathLike | Sequence[PathLike],
-    eval_text: PathLike | Sequence[PathLike] = (),
-    tokens: int = 262_144,
-    seq_len: int | None = None,
-    align: str = "linear",
-    refit: bool | None = None,
-    group: str | None = None,
-    metric: str = "dist",
-    device: str = "auto",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    dry_run: bool = False,
-    log: Callable[[str], None] = lambda line: None,
-) -> dict:
-    """Convert a checkpoint directory to `kv_heads` KV heads; returns the report.
-
-    One pass over the blocks: the calibration tokens of `text` (see `text_rows`) run through a
-    block, its keys and values give Grams, heads are grouped, aligned and averaged, the block is
-    refitted and written; so memory is a block and the tokens' hidden states, however deep the
-    model.
-    align: "linear", the best; "rotation", the paper's; "none", plain averages. refit: train each
-    block to lead to the source's hidden states, `refit_block` (default: with "linear"). group: by
-    the least discarded "energy", by similarity of "value" or "key", or "adjacent" heads (default:
-    energy, value, adjacent for the three ways to align). metric of similarity: "dist" or "cos".
-    `dtype` is the forward's; what is written has the source's. `log` is given the line that says
-    what will be done; `dry_run` ends there, all checks made.
-
-    `out_dir` becomes a Hugging Face directory with `mha2gqa.json`, the report: losses in
-    nats/token, sizes in bytes, times in seconds. It is there whole or not at all. Raises
-    ValueError for bad input, before any work wherever it shows before; OSError if writing fails.
-    """
-    refit = align == "linear" if refit is None else refit
-    group = group or GROUP_FOR.get(align)
-    check_method(align, group, metric, seed)
-    to = {"device": pick_device(device), "dtype": dtype}
-    config, weights = load_checkpoint(model_dir)
-    new_config = gqa_config(config, kv_heads)
-    out_bytes = converted_bytes(config, weights, kv_heads)
-    check_new_directory(out_dir, out_bytes)
-    with peak_memory(to["device"]) as peak:
-        rows, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
-        if len(rows) < 1 + refit:
-            raise ValueError(f"{1 + refit} rows of {held_out.shape[1]} tokens of text are needed "
-                             f"to calibrate with, found {len(rows)}")
-        report = {
-            "source": str(Path(model_dir).resolve()),
-            "text": {"calibration": str(text), "held_out": str(eval_text or text)},
-            "method": {"align": align, "refit": refit, "group": group, "metric": metric,
-                       "seed": seed},
-            "forward": {name: str(value) for name, value in to.items()},
-            **sizes(config, new_config, weights, rows, held_out, dtype, refit),
-            "seconds_estimate": seconds_needed(config, weights, rows, held_out, to, refit),
-        }
-        log(plan_line(report))
-        if dry_run:
-            return report
-        with new_directory(out_dir, out_bytes) as folder:
-            method = report["method"]
-            report |= convert_into(folder, config, weights, kv_heads, rows, held_out, method, to)
-            finish_checkpoint(folder, new_config, model_dir)
-            report["peak_memory_bytes"] = dict(peak)
-            write_json(folder / "mha2gqa.json", report)
-    return report
-
-
-def convert_into(folder, config, weights, kv_heads, rows, held_out, method, to) -> dict:
-    """The work of `convert`: write the shards into `folder`, return what was measured.
-
-    rows, held_out: token ids (rows, T). method: the keywords of `converted_blocks`. to: device and
-    dtype of the forward. Raises ValueError for weights or activations that are not finite.
-    """
-    check_finite(outer_weights(weights))
-    seconds, timed = stopwatch(to["device"])
-    calibration, source_x = (embed(weights, tokens, to) for tokens in (rows, held_out))
-    mean_pooled_x, converted_x = source_x.clone(), source_x.clone()
-    new_config, layers = gqa_config(config, kv_heads), []
-    blocks = converted_blocks(config, weights, calibration, kv_heads, **method, timed=timed)
-    for i, (source, _, converted, layer) in enumerate(progress(blocks, config.num_hidden_layers)):
-        mean_pooled = {name: w.to(source[name].dtype)
-                       for name, w in merge(source, config, kv_heads).items()}
-        check_finite(converted, f"converted {block_prefix(i)}")
-        with timed("evaluate"):
-            run_block_(config, source, source_x)
-            run_block_(new_config, mean_pooled, mean_pooled_x)
-            run_block_(new_config, converted, converted_x)
-        with timed("write"):
-            save_shard(folder, config, i, {block_prefix(i) + n: w for n, w in converted.items()})
-        layers.append(layer)
-    with timed("evaluate"):
-        streams = {"source": source_x, "mean_pooled": mean_pooled_x, "converted": converted_x}
-        losses = {name: mean_loss(config, weights, x, held_out) for name, x in streams.items()}
-    with timed("write"):
-        save_shard(folder, config, config.num_hidden_layers, outer_weights(weights))
-    return {
-        "loss_nats_per_token": losses,
-        **{name: mean(layer[name] for layer in layers)
-           for name in ("similarity_inside_groups", "energy_kept", "hidden_state_error")
-           if name in layers[0]},
-        "seconds": {**seconds, "total": sum(seconds.values())},
-        "layers": layers,
-    }
-
-
-def converted_blocks(
-    config: LlamaConfig,
-    weights: Mapping[str, Tensor],
-    x_BTD: Tensor,
-    kv_heads: int,
-    align: str,
-    refit: bool,
-    group: str,
-    metric: str,
-    seed: int,
-    document_BT: Tensor | None = None,
-    timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Tensor], dict]]:
-    """Walk the blocks once: (its weights, the same mapped and in group order, converted, report).
-
-    `x_BTD` are the embedded calibration rows; they are moved on in place, block by block.
-    `document_BT` as in `Llama.forward`. Mapped weights compute what the block's own do, except with
-    "linear", where the ways back are not exact; after a refit they are None. Converted weights have
-    the source's dtype. Raises ValueError for weights or activations that are not finite.
-    """
-    if refit and len(x_BTD) < 2:
-        raise ValueError("a refit needs at least two rows of text to calibrate with")
-    new_config, converted_x = gqa_config(config, kv_heads), x_BTD.clone() if refit else None
-    for i in range(config.num_hidden_layers):
-        with timed("read"):
-            source = read_block(weights, i, x_BTD.device)
-        with timed("calibrate"):
-            grams = block_grams(config, source, x_BTD, metric)
-        with timed("align"):
-            # On the CPU: that is where hundreds of small SVDs are fast.
-            grams = {name: gram.cpu() for name, gram in grams.items()}
-            for name, gram in grams.items():
-                if not torch.isfinite(gram.abs().sum()):
-                    raise ValueError(f"block {i}: its {name}s on this text are not finite")
-            n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
-            groups, maps, layer = align_block(
-                grams, output_root(config, source).cpu(), n_tokens, kv_heads, align, group, metric,
-                seed + i)
-        with timed("merge"):
-            order = [unit for group_units in groups for unit in group_units]
-            aligned = transform(source, config, order, *(q.to(x_BTD.device) for q in maps))
-            converted = {name: w.to(source[name].dtype)
-                         for name, w in merge(aligned, config, kv_heads).items()}
-        with timed("calibrate"):
-            run_block_(config, source, x_BTD, document_BT)
-        if refit:
-            aligned = None  # frees a block in float64
-            with timed("refit"):
-                converted, layer["hidden_state_error"] = refit_block(
-                    new_config, converted, converted_x, x_BTD, seed + i, document_BT)
-                run_block_(new_config, converted, converted_x, document_BT)
-            if not math.isfinite(layer["hidden_state_error"]["before"]):
-                raise ValueError(f"block {i}: its hidden states on this text are not finite")
-        yield source, aligned, converted, layer
-
-
-REFIT_EPOCHS = 5  # ten take twice the time, and gain little
-
-
-@torch.no_grad()
-def refit_block(
-    config: LlamaConfig,
-    weights: Mapping[str, Tensor],
-    x_BTD: Tensor,
-    wanted_BTD: Tensor,
-    seed: int,
-    document_BT: Tensor | None = None,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A block's weights, trained to make `wanted` of x; and its error before and after.
-
-    x: hidden states of the converted model before the block; wanted: the source's after it. So a
-    block learns to do without its own heads, and to mend what the blocks before it left wrong. The
-    error is the mean of ‖y − wanted‖² / ‖wanted‖² over tokens, as the next norm sees it; otherwise
-    the few tokens of large models that are a thousand times longer than the rest would decide
-    alone. Adam goes REFIT_EPOCHS times over the rows, except the first tenth, which is held out: if
-    the error does not fall there, or is not finite, the block stays as it was.
-    """
-    with torch.device("meta"):
-        block_of = functools.partial(torch.func.functional_call, Block(config))
-
-    def error(weights, rows):
-        x, wanted = wide(x_BTD[rows]), wide(wanted_BTD[rows])
-        rope_mask = rope_and_mask(config, x, None if document_BT is None else document_BT[rows])
-        weights = {name: w.to(x.dtype) for name, w in weights.items()}
-        square = (block_of(weights, (x, *rope_mask)) - wanted).square().sum(-1)
-        return (square / wanted.square().sum(-1).clamp(min=1e-30)).mean()
-
-    new = {name: wide(w).clone().requires_grad_() for name, w in weights.items()}
-    # A step of Adam moves each entry by about its rate, and a row's entries all in concert: its
-    # output by columns · rate, where unrelated entries make √columns · rms(W). So rms(W)/√columns
-    # is the same relative step at any width; how much of it, and how many tokens a step, was tried.
-    rate = {name: 0.4 * (w.square().mean() / w.shape[-1]).sqrt().item() for name, w in new.items()}
-    adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
-                            betas=(0.9, 0.95), eps=1e-15)
-    size, generator = max(1, 1024 // x_BTD.shape[1]), torch.Generator().manual_seed(seed)
-    held_out, rows = torch.arange(len(x_BTD)).tensor_split([max(1, len(x_BTD) // 10)])
-    batches = [batch for _ in range(REFIT_EPOCHS)
-               for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
-    for step, batch in enumerate(batches):
-        with torch.enable_grad():
-            error(new, batch).backward()
-        for group in adam.param_groups:
-            group["lr"] = rate[group["name"]] * learning_rate(step, len(batches))
-        adam.step()
-        adam.zero_grad()
-    new = {name: w.detach().to(weights[name].dtype) for name, w in new.items()}  # as written
-    before, after = (sum(len(rows) * error(w, rows).item() for rows in held_out.split(size))
-                     / len(held_out) for w in (weights, new))
-    if not after < before:
-        return dict(weights), {"before": before, "after": before}
-    return new, {"before": before, "after": after}
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Share of the highest rate: up from 0 over 32 steps (or a tenth of few), a cosine down to 0.
-
-    0 at step 0: there a student that is its teacher has rounding error for a gradient, which Adam
-    would scale up to a full step.
-    """
-    warm_up = min(32, max(1, steps // 10))
-    return min(1.0, step / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def read_block(weights: Mapping[str, Tensor], i: int, device) -> dict[str, Tensor]:
-    """Block i's weights on the device; raises ValueError if one is not finite."""
-    block = {name: w.to(device) for name, w in block_weights(weights, i).items()}
-    check_finite(block, block_prefix(i))
-    return block
-
-
-def check_finite(weights: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Raise ValueError for the first tensor with a value that is not finite."""
-    for name, weight in weights.items():
-        if not all(torch.isfinite(bound) for bound in weight.aminmax()):
-            raise ValueError(f"tensor {prefix}{name} holds values that are not finite")
-
-
-def embed(weights: Mapping[str, Tensor], tokens_BT: Tensor, to: Mapping) -> Tensor:
-    """The hidden states (B, T, D) that enter the first block."""
-    return F.embedding(tokens_BT, weights["model.embed_tokens.weight"]).to(**to)
-
-
-def run_block_(
-    config: LlamaConfig,
-    weights: Mapping[str, Tensor],
-    x_BTD: Tensor,
-    document_BT: Tensor | None = None,
-) -> None:
-    """Replace the hidden states by what the block of these weights makes of them, rows in turn."""
-    with torch.device("meta"):
-        block = Block(config)
-    weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}
-    size = max(1, 4096 // x_BTD.shape[1])
-    for at in range(0, len(x_BTD), size):
-        rows, document = x_BTD[at : at + size], document_BT
-        if document is not None:
-            document = document[at : at + size]
-        rope_mask = rope_and_mask(config, rows, document)
-        rows.copy_(torch.func.functional_call(block, weights, (rows, *rope_mask), strict=True))
-
-
-def mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
-    """Nats/token over the T − 1 predictions of each row, from the last block's hidden states."""
-    norm = weights["model.norm.weight"].to(x_BTD)
-    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).to(x_BTD)
-    total = 0.0
-    for x_TD, tokens_T in zip(x_BTD, tokens_BT.to(x_BTD.device), strict=True):
-        for x_D, target in zip(x_TD[:-1].split(1024), tokens_T[1:].split(1024), strict=True):
-            logits = F.linear(rms_norm(x_D, norm, config.rms_norm_eps), head)
-            total += F.cross_entropy(wide(logits), target, reduction="sum").item()
-    return total / (tokens_BT.shape[0] * (tokens_BT.shape[1] - 1))
-
-
-@torch.no_grad()
-def evaluate(
-    model_dir: PathLike,
-    text: PathLike | Sequence[PathLike] = (),
-    eval_text: PathLike | Sequence[PathLike] = (),
-    tokens: int = 262_144,
-    seq_len: int | None = None,
-    device: str = "auto",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> dict:
-    """Held-out loss of a model directory, in nats/token, by the very protocol of `convert`.
-
-    With the same text, tokens, seq_len and seed the held-out rows are the same. Raises ValueError
-    for bad input.
-    """
-    to = {"device": pick_device(device), "dtype": dtype}
-    config, weights = load_checkpoint(model_dir)
-    _, held_out = text_rows(model_dir, config, text, eval_text, tokens, seq_len, seed)
-    check_finite(outer_weights(weights))
-    x_BTD = embed(weights, held_out, to)
-    for i in progress(range(config.num_hidden_layers), config.num_hidden_layers):
-        run_block_(config, read_block(weights, i, to["device"]), x_BTD)
-    loss = mean_loss(config, weights, x_BTD, held_out)
-    return {"loss_nats_per_token": loss, "held_out_tokens": held_out.numel()}
-
-
-def check_method(align: str, group: str, metric: str, seed: int) -> None:
-    """Raise ValueError for a way of converting that does not exist."""
-    for name, value in (("align", align), ("group", group), ("metric", metric)):
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name} {value!r}: expected {', '.join(CHOICES[name])}")
-    if metric == "cos" and (align == "linear" or group == "energy"):
-        raise ValueError("metric cos: linear alignment and groups by energy weigh errors, not "
-                         "angles, and need dist")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed {seed}: expected 0 to {2**32 - 1}")
-
-
-def gqa_config(config: LlamaConfig, kv_heads: int) -> LlamaConfig:
-    """The config with fewer KV heads; raises ValueError unless they divide the source's."""
-    source = config.num_key_value_heads
-    if not 1 <= kv_heads < source or source % kv_heads:
-        choices = [g for g in range(1, source) if source % g == 0]
-        raise ValueError(
-            f"{kv_heads} KV heads: the source has {source}, "
-            + (f"choose one of {', '.join(map(str, choices))}" if choices else "nothing to merge")
-        )
-    return dataclasses.replace(config, num_key_value_heads=kv_heads)
-
-
-def kv_cache_bytes(config: LlamaConfig, weights: Mapping[str, Tensor]) -> int:
+def kv_cache_bytes(config: LlamaConfig, weights: Weights) -> int:
     """Bytes of KV cache for each token of context, in the weights' dtype."""
-    itemsize = weights[block_prefix(0) + "self_attn.k_proj.weight"].element_size()
+    itemsize = weights[_block_prefix(0) + "self_attn.k_proj.weight"].element_size()
     heads = config.num_hidden_layers * config.num_key_value_heads
     return 2 * heads * config.head_dim * itemsize
 
 
-def converted_bytes(config: LlamaConfig, weights: Mapping[str, Tensor], kv_heads: int) -> int:
+def _converted_bytes(config: LlamaConfig, weights: Weights, kv_heads: int) -> int:
     """Bytes of the weights once they have `kv_heads` KV heads."""
-    kv = n_bytes(w for n, w in weights.items() if ".k_proj." in n or ".v_proj." in n)
-    return n_bytes(weights.values()) - kv + kv * kv_heads // config.num_key_value_heads
+    kv = _n_bytes(w for n, w in weights.items() if ".k_proj." in n or ".v_proj." in n)
+    return _n_bytes(weights.values()) - kv + kv * kv_heads // config.num_key_value_heads
 
 
-def memory_needed(
-    config: LlamaConfig, n_calibration: int, n_held_out: int, seq_len: int, dtype, refit: bool
+def _memory_needed(
+    config: LlamaConfig, rows: Tensor, held_out: Tensor, dtype: torch.dtype, method: Method
 ) -> int:
     """Bytes of anonymous memory at a conversion's peak, estimated from its largest parts."""
     d, inner, size = config.hidden_size, config.intermediate_size, dtype.itemsize
     kv, q = (n * config.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
-    attention = 2 * d * (q + kv)
-    streams = ((1 + refit) * n_calibration + 3 * n_held_out) * d * size
-    block = 2 * (attention + 3 * d * inner) * size  # as read, and in the forward's dtype
-    grams = 4 * kv * kv * 8  # the sum, a summand, the old sum, what is picked for the groups
-    forward = min(4096, n_calibration) * (6 * d + 4 * inner) * size  # of so many tokens at once
-    in_float64 = 3 * attention * 8  # while heads are turned and merged
-    # Old and new weights, gradients and Adam's moments; what a step's tokens leave for backward.
-    refitted = 5 * 4 * (attention + 3 * d * inner)
-    refitted += min(max(1024, seq_len), n_calibration) * (8 * d + 3 * (q + 2 * kv) + 5 * inner) * 4
+    attention, mlp, n_rows = 2 * d * (q + kv), 3 * d * inner, rows.numel()
+    streams = ((2 if method.refit else 1) * n_rows + 3 * held_out.numel()) * d * size
+    forward = min(4096, n_rows) * (6 * d + 4 * inner) * size  # of at most 4,096 tokens at a time
+    mapping = 3 * attention * 8  # float64 copies of attention's weights
+    # Old and new weights, gradients and moments, and what the backward of a step needs.
+    step = min(max(REFIT_TOKENS, rows.shape[1]), n_rows) * (8 * d + 3 * (q + 2 * kv) + 5 * inner)
+    refit = 4 * (5 * (attention + mlp) + step) if method.refit else 0
+    block = 2 * (attention + mlp) * size + 4 * kv * kv * 8 + max(forward, mapping, refit)
     head = config.vocab_size * (d * size + 3 * 1024 * 4)  # and logits of 1,024 tokens
-    program = 300_000_000  # Python and torch themselves
-    return program + streams + max(block + grams + max(forward, in_float64, refit * refitted), head)
+    return 300_000_000 + streams + max(block, head)  # 0.3 GB: Python and torch themselves
 
 
-def seconds_needed(config, weights, rows, held_out, to, refit: bool) -> float:
-    """Estimated seconds of a conversion: all its forwards, by the first block's on some 512 tokens.
-
-    A backward counts as two forwards, the sums for the Grams as 0.3. Alignment, on the CPU, takes
-    some 8 seconds a block of 32 heads of 128.
-    """
-    seconds, timed = stopwatch(to["device"])
-    block = read_block(weights, 0, to["device"])
-    x_BTD = embed(weights, held_out[: max(1, 512 // held_out.shape[1]), :512], to)
-    x_BTD = wide(x_BTD) if refit else x_BTD
-    for run in ("first", "second"):  # the first one wakes the device
-        with timed(run):
-            run_block_(config, block, x_BTD)
-    tokens = rows.numel() * (1.3 + refit * (1 + 3 * 0.9 * REFIT_EPOCHS)) + 3 * held_out.numel()
-    align = 8 * (config.num_key_value_heads / 32) ** 2 * (config.head_dim / 128) ** 3
-    return config.num_hidden_layers * (
-        align + seconds["second"] * tokens / x_BTD[..., 0].numel())
-
-
-def sizes(config, new_config, weights, rows, held_out, dtype, refit) -> dict:
-    """The report's numbers that are known before any work: counts, and bytes."""
-    models = {"source": config, "converted": new_config}
-    return {
-        "num_hidden_layers": config.num_hidden_layers,
-        "kv_heads": {name: c.num_key_value_heads for name, c in models.items()},
-        "kv_cache_bytes_per_token": {n: kv_cache_bytes(c, weights) for n, c in models.items()},
-        "tokens": {"calibration": rows.numel(), "held_out": held_out.numel(),
-                   "seq_len": rows.shape[1]},
-        "memory_estimate_bytes": memory_needed(
-            config, rows.numel(), held_out.numel(), rows.shape[1], dtype, refit),
-        "disk_bytes": converted_bytes(config, weights, new_config.num_key_value_heads),
-    }
-
-
-def plan_line(report: Mapping) -> str:
+def _plan_line(report: Mapping[str, Any]) -> str:
     """One line: what a conversion will do, and the memory and disk it takes."""
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
-    memory, disk = (short(report[f"{n}_bytes"] / 1e9) for n in ("memory_estimate", "disk"))
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
         f"(align {method['align']}{', refit' * method['refit']}, group {method['group']}"
         + (f", metric {method['metric']}" if method["align"] != "linear" else "") + "); "
         f"{tokens['calibration']:,} tokens to calibrate, {tokens['held_out']:,} held out, in rows "
-        f"of {tokens['seq_len']:,}; about {memory} GB of memory ({report['forward']['device']}), "
-        f"{disk} GB of disk and {duration(report['seconds_estimate'])}"
+        f"of {tokens['seq_len']:,}; about {gigabytes(report['memory_estimate_bytes'])} of memory "
+        f"({report['forward']['device']}) and {gigabytes(report['disk_bytes'])} of disk"
     )
 
 
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
-    size, unit = next(x for x in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
-                      if seconds >= 2 * x[0] or x[0] == 1)
-    return f"{short(seconds / size)} {unit}"
+def gigabytes(n_bytes: float) -> str:
+    """Two digits, never with an exponent: "0.017 GB"."""
+    return np.format_float_positional(float(f"{n_bytes / 1e9:.2g}"), trim="-") + " GB"
 
 
-def short(number: float) -> str:
-    """Two digits of a number, never with an exponent."""
-    return np.format_float_positional(float(f"{number:.2g}"), trim="-")
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """{"host": bytes, "cuda": bytes}, this process's peaks so far.
 
-
-@contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[dict]:
-    """Within the with block, keeps {"host": bytes, "cuda": bytes} at the peaks so far.
-
-    Host memory is anonymous memory, sampled (mapped weight files are the system's to drop);
-    0 where the system does not tell. CUDA is the allocator's peak.
+    host: the system's high-water mark without pages of mapped files, such as the weights, which it
+    can drop at any time; 0 where /proc does not tell. cuda: the allocator's own peak.
     """
-    peak, stop = {"host": anonymous_memory(), "cuda": 0}, threading.Event()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def sample():
-        while not stop.wait(0.02):
-            peak["host"] = max(peak["host"], anonymous_memory())
-            if device.type == "cuda":
-                peak["cuda"] = torch.cuda.max_memory_allocated(device)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
+    status = Path("/proc/self/status")
+    kilobytes = re.findall(r"(\w+):\s+(\d+) kB", status.read_text() if status.exists() else "")
+    size = collections.defaultdict(int, ((name, 1024 * int(n)) for name, n in kilobytes))
+    return {"host": size["VmHWM"] - size["RssFile"],
+            "cuda": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
 
 
-def anonymous_memory() -> int:
-    """Bytes of this process's memory that no file backs; 0 if the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    found = status.partition("RssAnon:")[2].split()
-    return int(found[0]) * 1024 if found else 0
+class Stopwatch:
+    """Seconds by stage: `lap(stage)` adds the time since the last lap to that stage."""
+
+    def __init__(self, device: torch.device, seconds: Mapping[str, float] | None = None):
+        self.device, self.seconds, self.last = device, dict(seconds or {}), time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """End a stage, and begin the next one."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.last = now
 
 
-def stopwatch(device: torch.device) -> tuple[dict, Callable]:
-    """(seconds by stage, context manager that adds a stage's time to them)."""
-    seconds = {}
-
-    @contextlib.contextmanager
-    def timed(stage):
-        start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    return seconds, timed
-
-
-def mean(found: Iterator):
+def _mean(found: Sequence):
     """The mean of numbers, or of dicts of them, key by key."""
-    found = list(found)
     if isinstance(found[0], dict):
-        return {name: mean(f[name] for f in found) for name in found[0]}
+        return {name: _mean([f[name] for f in found]) for name in found[0]}
     return sum(found) / len(found)
 
 
-def pick_device(name: str) -> torch.device:
+def _pick_device(name: str) -> torch.device:
     """The device of that name; raises ValueError if this machine has none."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
@@ -1799,19 +1958,46 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def progress(steps, total: int):
-    """A progress bar over the blocks, silent when not on a terminal."""
+def progress(items: Iterable, what: str, total: int, **options) -> Iterable:
+    """A progress bar with an estimate of the time left, silent when not on a terminal."""
     from tqdm import tqdm
 
-    return tqdm(steps, total=total, desc="blocks", unit="block", disable=None)
+    return tqdm(items, what, total, **{"disable": None, **options})
 
 
-# ---- 10 command line -----------------------------------------------------------------------------
+class ArgumentParser(argparse.ArgumentParser):
+    """Wrong arguments end the program with one line, and exit status 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; see --help\n")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that make a `Method`; see `method_of_arguments`."""
+    add = parser.add_argument
+    add("--align", choices=Method.CHOICES["align"], default="linear",
+        help="how heads are made to agree before they are averaged: by maps onto the shared head "
+        "that serves them best (linear, the default), by rotations (the paper), or not at all")
+    add("--group", choices=Method.CHOICES["group"],
+        help="group heads by this: the least energy lost, similarity of values or keys, or none "
+        "(default: energy, value, adjacent for --align linear, rotation, none)")
+    add("--refit", action=argparse.BooleanOptionalAction, help="train each block to reproduce the "
+        "source's hidden states (default: with --align linear)")
+    add("--metric", choices=Method.CHOICES["metric"], default="dist",
+        help="similarity: minus the mean square distance (default), or the mean cosine (for "
+        "--align rotation or none)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of the order of the text, the grouping, and all else that is random (default: 0)")
+
+
+def method_of_arguments(arguments: argparse.Namespace) -> Method:
+    """The method that a command line asks for."""
+    return Method(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Method)})
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's arguments; wrong ones end the program with one line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="mha2gqa.py",
         usage="mha2gqa.py MODEL OUT --kv-heads G --text FILE ... [options]\n"
         "       mha2gqa.py --evaluate MODEL --text FILE ... [options]",
@@ -1829,23 +2015,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="tokens to read of --text (default: %(default)s)")
     add("--seq-len", type=int, metavar="N",
         help="tokens a row (default: 2048, or the model's context if that is less)")
-    add("--align", choices=CHOICES["align"], default="linear",
-        help="how heads are made to agree before they are averaged: by maps onto the shared head "
-        "that serves them best (linear, the default), by rotations (the paper), or not at all")
-    add("--group", choices=CHOICES["group"],
-        help="group heads by this: the least energy lost, similarity of values or keys, or none "
-        "(default: energy, value, adjacent for --align linear, rotation, none)")
-    add("--refit", action=argparse.BooleanOptionalAction, help="train each block to lead to the "
-        "source's hidden states (default: with --align linear)")
-    add("--metric", choices=CHOICES["metric"], default="dist",
-        help="similarity: minus the mean square distance (default), or the mean cosine (for "
-        "--align rotation or none)")
+    add_method_arguments(parser)
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--seed", type=int, default=0, metavar="N",
-        help="of the order of the text and of the grouping (default: %(default)s)")
     add("--dry-run", action="store_true", help="check the input, say what would be done, and end")
     add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     arguments = parser.parse_args(argv)
     if arguments.evaluate and (arguments.out or arguments.kv_heads or arguments.dry_run):
         parser.error("--evaluate takes MODEL and text, and writes nothing")
@@ -1856,7 +2029,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def print_table(report: Mapping, out: str) -> None:
+def _print_table(report: Mapping[str, Any], out: str) -> None:
     """What a person wants to know of a report."""
     loss, cache = report["loss_nats_per_token"], report["kv_cache_bytes_per_token"]
     print(f"\nheld-out loss, nats/token, {report['tokens']['held_out']:,} tokens")
@@ -1883,19 +2056,18 @@ def print_table(report: Mapping, out: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, with one line on stderr."""
-    arguments = vars(parse_arguments(argv))
-    model, only_evaluate = arguments.pop("model"), arguments.pop("evaluate")
+    a = _parse_arguments(argv)
     try:
-        if only_evaluate:
-            names = ("text", "eval_text", "tokens", "seq_len", "device", "seed")
-            found = evaluate(model, **{name: arguments[name] for name in names})
+        method, corpus = method_of_arguments(a), Corpus(a.text, a.eval_text, a.tokens, a.seq_len)
+        if a.evaluate:
+            found = evaluate(a.model, corpus, method.seed, a.device)
             print(f"held-out loss {found['loss_nats_per_token']:.4f} nats/token, "
                   f"{found['held_out_tokens']:,} tokens")
         else:
-            out = arguments.pop("out")
-            report = convert(model, out, **arguments, log=functools.partial(print, flush=True))
-            if not arguments["dry_run"]:
-                print_table(report, out)
+            report = convert(a.model, a.out, a.kv_heads, corpus, method, a.device,
+                             dry_run=a.dry_run, log=lambda line: print(line, flush=True))
+            if not a.dry_run:
+                _print_table(report, a.out)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         reason = str(error).split("\n")[0]
         print(f"error: {reason}", file=sys.stderr)
@@ -1906,10 +2078,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def be_a_program() -> None:
-    """Warnings on one line; and being told to end unwinds like Ctrl-C, so that nothing half-written
-    stays behind. A signal that is ignored, as under nohup, stays ignored."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+def end_like_ctrl_c() -> None:
+    """For programs: SIGTERM and SIGHUP unwind as Ctrl-C does, so that nothing half-written stays.
+
+    A signal that is ignored, as under nohup, stays ignored. Warnings become one line each.
+    """
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
@@ -1917,5 +2091,5 @@ def be_a_program() -> None:
 
 
 if __name__ == "__main__":
-    be_a_program()
+    end_like_ctrl_c()
     sys.exit(main())
