@@ -850,18 +850,6 @@ def merge(weights: Weights, config: LlamaConfig, kv_heads: int) -> dict[str, Ten
     return out
 
 
-def gqa_config(config: LlamaConfig, kv_heads: int) -> LlamaConfig:
-    """The config with fewer KV heads; raises ValueError unless they divide the source's."""
-    source = config.num_key_value_heads
-    if not 1 <= kv_heads < source or source % kv_heads:
-        choices = [g for g in range(1, source) if source % g == 0]
-        raise ValueError(
-            f"{kv_heads} KV heads: the source has {source}, "
-            + (f"choose one of {', '.join(map(str, choices))}" if choices else "nothing to merge")
-        )
-    return dataclasses.replace(config, num_key_value_heads=kv_heads)
-
-
 # ---- 6 masks and losses --------------------------------------------------------------------------
 
 # The paper's way of training: masks let the original heads fade into the merged ones, while the
@@ -1214,49 +1202,14 @@ def _run_block_(
         x_BTD[rows] = _forward(block, weights, x_BTD[rows], document)
 
 
-def embed(weights: Weights, tokens_BT: Tensor, device, dtype: torch.dtype) -> Tensor:
-    """The hidden states (B, T, D) that enter the first block."""
-    x_BTD = F.embedding(tokens_BT, weights["model.embed_tokens.weight"])
-    return x_BTD.to(device=device, dtype=dtype)
-
-
-def read_block(weights: Weights, i: int, device) -> dict[str, Tensor]:
-    """Block i's weights on the device; raises ValueError if one is not finite."""
-    block = {name: w.to(device) for name, w in block_weights(weights, i).items()}
-    _check_finite(block, _block_prefix(i))
-    return block
-
-
-def _check_finite(weights: Weights, prefix: str = "") -> None:
-    """Raise ValueError for the first tensor with a value that is not finite."""
-    for name, weight in weights.items():
-        if not all(torch.isfinite(bound) for bound in weight.aminmax()):
-            raise ValueError(f"tensor {prefix}{name} holds values that are not finite")
-
-
 # ---- 8 convert and evaluate ----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Text to calibrate with, and to measure on.
-
-    files, eval_files: one path or several; JSONL with a "text" field or plain text, .gz and .xz of
-    either. tokens: how many to read of `files`. seq_len: tokens a row, None: 2,048 or the model's
-    context if that is less. Without eval_files the first 10 % of what is read are held out.
-    """
-
-    files: PathLike | Sequence[PathLike]
-    eval_files: PathLike | Sequence[PathLike] = ()
-    tokens: int = 262_144
-    seq_len: int | None = None
 
 
 @torch.no_grad()
 def convert(
     model_dir: PathLike, out_dir: PathLike, kv_heads: int,
-    corpus: Corpus | PathLike | Sequence[PathLike], method: Method = Method(), device: str = "auto",
-    dtype: torch.dtype = torch.float32, dry_run: bool = False,
+    corpus: "Corpus | PathLike | Sequence[PathLike]", method: Method = Method(),
+    device: str = "auto", dtype: torch.dtype = torch.float32, dry_run: bool = False,
     log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Convert a checkpoint directory to `kv_heads` KV heads; returns the report.
@@ -1342,7 +1295,7 @@ def _convert_and_measure(
 
 @torch.no_grad()
 def evaluate(
-    model_dir: PathLike, corpus: Corpus | PathLike | Sequence[PathLike], seed: int = 0,
+    model_dir: PathLike, corpus: "Corpus | PathLike | Sequence[PathLike]", seed: int = 0,
     device: str = "auto", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     """Held-out loss of a model directory, in nats/token, with the same protocol as `convert`.
@@ -1590,6 +1543,38 @@ def _n_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def embed(weights: Weights, tokens_BT: Tensor, device, dtype: torch.dtype) -> Tensor:
+    """The hidden states (B, T, D) that enter the first block."""
+    x_BTD = F.embedding(tokens_BT, weights["model.embed_tokens.weight"])
+    return x_BTD.to(device=device, dtype=dtype)
+
+
+def read_block(weights: Weights, i: int, device) -> dict[str, Tensor]:
+    """Block i's weights on the device; raises ValueError if one is not finite."""
+    block = {name: w.to(device) for name, w in block_weights(weights, i).items()}
+    _check_finite(block, _block_prefix(i))
+    return block
+
+
+def _check_finite(weights: Weights, prefix: str = "") -> None:
+    """Raise ValueError for the first tensor with a value that is not finite."""
+    for name, weight in weights.items():
+        if not all(torch.isfinite(bound) for bound in weight.aminmax()):
+            raise ValueError(f"tensor {prefix}{name} holds values that are not finite")
+
+
+def gqa_config(config: LlamaConfig, kv_heads: int) -> LlamaConfig:
+    """The config with fewer KV heads; raises ValueError unless they divide the source's."""
+    source = config.num_key_value_heads
+    if not 1 <= kv_heads < source or source % kv_heads:
+        choices = [g for g in range(1, source) if source % g == 0]
+        raise ValueError(
+            f"{kv_heads} KV heads: the source has {source}, "
+            + (f"choose one of {', '.join(map(str, choices))}" if choices else "nothing to merge")
+        )
+    return dataclasses.replace(config, num_key_value_heads=kv_heads)
+
+
 def save_checkpoint(
     path: PathLike, config: LlamaConfig, weights: Weights, tokenizer_from: PathLike | None = None
 ) -> None:
@@ -1691,6 +1676,21 @@ def _new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
 
 
 # ---- 10 text and tokenizers ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text to calibrate with, and to measure on.
+
+    files, eval_files: one path or several; JSONL with a "text" field or plain text, .gz and .xz of
+    either. tokens: how many to read of `files`. seq_len: tokens a row, None: 2,048 or the model's
+    context if that is less. Without eval_files the first 10 % of what is read are held out.
+    """
+
+    files: PathLike | Sequence[PathLike]
+    eval_files: PathLike | Sequence[PathLike] = ()
+    tokens: int = 262_144
+    seq_len: int | None = None
 
 
 def _paths(files: PathLike | Sequence[PathLike]) -> list[str]:
@@ -1975,7 +1975,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that make a `Method`; see `method_of_arguments`."""
     add = parser.add_argument
-    add("--align", choices=Method.CHOICES["align"], default="linear",
+    add("--align", choices=Method.CHOICES["align"], default=Method.align,
         help="how heads are made to agree before they are averaged: by maps onto the shared head "
         "that serves them best (linear, the default), by rotations (the paper), or not at all")
     add("--group", choices=Method.CHOICES["group"],
@@ -1983,11 +1983,11 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: energy, value, adjacent for --align linear, rotation, none)")
     add("--refit", action=argparse.BooleanOptionalAction, help="train each block to reproduce the "
         "source's hidden states (default: with --align linear)")
-    add("--metric", choices=Method.CHOICES["metric"], default="dist",
+    add("--metric", choices=Method.CHOICES["metric"], default=Method.metric,
         help="similarity: minus the mean square distance (default), or the mean cosine (for "
         "--align rotation or none)")
-    add("--seed", type=int, default=0, metavar="N",
-        help="of the order of the text, the grouping, and all else that is random (default: 0)")
+    add("--seed", type=int, default=Method.seed, metavar="N", help="of the order of the text, the "
+        "grouping, and all else that is random (default: %(default)s)")
 
 
 def method_of_arguments(arguments: argparse.Namespace) -> Method:
@@ -2011,7 +2011,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         '"text" field, or plain text; .gz and .xz of either')
     add("--eval-text", nargs="+", default=(), metavar="FILE", help="held-out text, of which at "
         "most 65,536 tokens are used; without it the first 10%% of --text's tokens are held out")
-    add("--tokens", type=int, default=262_144, metavar="N",
+    add("--tokens", type=int, default=Corpus.tokens, metavar="N",
         help="tokens to read of --text (default: %(default)s)")
     add("--seq-len", type=int, metavar="N",
         help="tokens a row (default: 2048, or the model's context if that is less)")

@@ -757,6 +757,11 @@ class Arguments:
     save_every: int = 500
     checkpoint_activations: bool = False
 
+    def __post_init__(self):
+        # Masks mix keys and values, but linear alignment and a refit change other weights, too.
+        if self.method.refit or self.method.align == "linear":
+            object.__setattr__(self, "no_masks", True)
+
     @property
     def source_teaches(self) -> bool:
         """Whether the source is the teacher, without fine-tuning."""
@@ -1247,18 +1252,20 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     add("--kv-heads", type=int, metavar="G", help="KV heads wanted, a divisor of the source's")
     add("--out", metavar="DIR", help="where the run goes, and where it continues: the same command "
         "again goes on from the newest checkpoint; the result is DIR/gqa")
-    add("--text", nargs="+", default=(), metavar="FILE", help="text to train on, as mha2gqa.py's")
-    add("--eval-text", nargs="+", default=(), metavar="FILE", help="held-out text; without it the "
+    add("--text", nargs="+", metavar="FILE", help="text to train on, as mha2gqa.py's")
+    add("--eval-text", nargs="+", metavar="FILE", help="held-out text; without it the "
         "first 10%% of --text's rows are held out, 65,536 tokens at most")
     add("--tasks", metavar="DIR", help=f"folders of the public raw files of {', '.join(TASKS)}")
     add("--task-limit", type=int, metavar="N", help="only the first N examples of every file")
     add("--teacher", metavar="DIR", help="a fine-tuned source; without it the source is fine-tuned "
         "on --tasks, or is the teacher itself if there is text alone")
-    add("--sft-epochs", type=float, default=2, metavar="N", help="default: 2; 0: no fine-tuning")
+    add("--sft-epochs", type=float, metavar="N",
+        help="default: %(default)s; 0: no fine-tuning")
     add("--steps", type=int, metavar="N", help="default: what --epochs takes")
-    add("--epochs", type=float, default=5, metavar="N", help="passes over the data (default: 5)")
-    add("--batch-tokens", type=int, default=131_072, metavar="N", help="tokens a step, over all "
-        "processes (default: 131,072, 64 rows of 2,048)")
+    add("--epochs", type=float, metavar="N",
+        help="passes over the data (default: %(default)s)")
+    add("--batch-tokens", type=int, metavar="N", help="tokens a step, over all "
+        "processes (default: %(default)s, 64 rows of 2048)")
     add("--seq-len", type=int, metavar="N", help="tokens a row; 2,048, or the context if less")
     add("--lr", type=float, help="of all training, after 32 steps of warm-up, then down "
         "to 0 in a cosine; default: 1e-5 * max(1, 4096/hidden_size) * sqrt(max(1, 10000/steps)): "
@@ -1270,10 +1277,14 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     add("--no-masks", action="store_true", help="the new heads alone from the first step, as "
         "always with --align linear or --refit, which change more than keys and values")
     mha2gqa.add_method_arguments(parser)
-    add("--calibration-tokens", type=int, default=262_144, metavar="N", help="default: 262,144")
-    add("--save-every", type=int, default=500, metavar="N", help="steps from one "
-        "checkpoint to the next (default: 500; 0: none but on SIGTERM)")
+    add("--calibration-tokens", type=int, metavar="N",
+        help="tokens that the conversion reads (default: %(default)s)")
+    add("--save-every", type=int, metavar="N", help="steps from one "
+        "checkpoint to the next (default: %(default)s; 0: none but on SIGTERM)")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
+    defaults = {f.name: f.default for f in dataclasses.fields(Arguments)
+                if f.default is not dataclasses.MISSING and f.name != "method"}
+    parser.set_defaults(**defaults)
     a = parser.parse_args(argv)
     if a == parser.parse_args([]):
         return None
@@ -1288,14 +1299,13 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
         method = mha2gqa.method_of_arguments(a)
     except ValueError as error:
         parser.error(str(error))
-    no_masks = bool(a.no_masks or method.refit or method.align == "linear")
     given = {name: value for name, value in vars(a).items() if name not in vars(method)}
-    return Arguments(**given | {"out": Path(a.out), "method": method, "no_masks": no_masks})
+    return Arguments(**given | {"out": Path(a.out), "method": method})
 
 
 DEMO_ARGUMENTS = Arguments(
     model=f"{DEMO}/source", kv_heads=2, out=DEMO, text=[f"{DEMO}/text.jsonl"], steps=300,
-    batch_tokens=2048, no_masks=True)
+    batch_tokens=2048)
 
 
 def run(args: Arguments, device: torch.device) -> None:
