@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# mha2gqa, one file to copy into your project. It comes from the project mha2gqa, which has its
-# tests, a trainer (train_gqa.py) and the text of its licence. Please leave these lines in a copy.
+# One file of the project mha2gqa, to be copied into other projects. Its tests, its trainer
+# (train_gqa.py) and the text of the licence are there. Please leave these lines in a copy.
 """mha2gqa: turn a multi-head-attention LLaMA checkpoint into a grouped-query-attention one.
 
     python mha2gqa.py MODEL OUT --kv-heads 8 --text c4.jsonl
@@ -14,8 +14,9 @@ rotate its keys and its queries together: the model computes the same. So "Align
 Before Merging Them" (Jin et al. 2024, arXiv 2412.20677, "the paper" below) rotates the heads of a
 group until they agree, and only then averages them.
 
-Rotations are not all that leaves a model unchanged. The default here goes one step further, to
-linear maps, and then trains each converted block to reproduce the source's hidden states.
+Rotations are not the only maps that leave a model unchanged. The default here goes one step
+further, to linear maps, and then trains each converted block to reproduce the source's hidden
+states.
 
 The map of this file:
 
@@ -27,14 +28,14 @@ The map of this file:
      6  masks and losses        what the trainer beside this file needs; the conversion does not
      7  the walk and the refit  one block after the other: align, merge, train it to fit
      8  convert and evaluate    the two things that this file is for
-        --- a reader may stop here: the rest has no more ideas of the method ---
+        --- a reader may stop here: the rest reads, checks and writes files ---
      9  checkpoints             reading and writing Hugging Face directories
     10  text and tokenizers     from files to rows of token ids
     11  report, command line
 
 Shape suffixes: B batch, T time, N calibration tokens, L layers, D hidden, H query heads, K source
-KV heads, G target KV heads, M units a group, Q query heads a unit, E head dim, P = E/2 RoPE planes,
-V vocabulary; in the annealer R restarts, S steps.
+KV heads, G target KV heads, M units per group, Q query heads per unit, E head dim, P = E/2 RoPE
+planes, V vocabulary; in the annealer R restarts, S steps.
 A *unit* is one source KV head with the Q = H/K query heads that read it; a group is M = K/G units.
 """
 
@@ -80,7 +81,7 @@ __all__ = [
     "non_block_weights", "read_json", "write_json",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
     "kv_cache_bytes", "gigabytes", "peak_memory", "Stopwatch", "progress", "ArgumentParser",
-    "add_method_arguments", "method_of_arguments", "end_like_ctrl_c",
+    "add_method_arguments", "method_of_arguments", "install_signal_handlers",
 ]
 
 PathLike = str | os.PathLike[str]
@@ -273,14 +274,14 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def _inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
-    """RoPE's θ_p (P,), radians a position, in float32 as transformers has them."""
+    """RoPE's θ_p (P,), radians per position, in float32 as transformers has them."""
     exponent_P = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     theta_P = 1.0 / config.rope_theta**exponent_P
     rope = config.rope_scaling or {}
     if rope.get("rope_type") == "linear":
         return theta_P / rope["factor"]
     if rope.get("rope_type") == "llama3":
-        # Long waves are slowed down by the factor, short ones kept, those between blended.
+        # Low frequencies are divided by the factor, high ones kept, those between interpolated.
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns_P = rope["original_max_position_embeddings"] * theta_P / (2 * math.pi)
         keep_P = ((turns_P - low) / (high - low)).clamp(0, 1)
@@ -291,7 +292,7 @@ def _inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
 def _rope_and_mask(config: LlamaConfig, x_BTD: Tensor, document_BT: Tensor | None = None):
     """((cos, sin) of shape (B or 1, 1, T, P), attention mask (B, 1, T, T) or None if just causal).
 
-    subtle: computed from the config at every call. A buffer would be lost on the way meta device ->
+    subtle: computed from the config at every call. A buffer would hold garbage after meta device ->
     to_empty -> load, and angles rounded to bf16 would be wrong.
     """
     time_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
@@ -322,8 +323,8 @@ class BlockStatistics:
 
     key_PKK: Σ_n z_i[n] conj(z_j[n]) in each RoPE plane, complex. value_KKEE: Σ_n v_i[n]ᵀ v_j[n],
     vectors as rows. query_KP: Σ_n |q[n]|² over the query heads of each unit, in each plane.
-    output_KEE: S_i = (Σ WoᵀWo)^½ over the query heads of each unit; ‖v S_i‖ is the length of what
-    the output projection makes of a value v. n_tokens: how many tokens the sums are over.
+    output_KEE: S_i = (Σ WoᵀWo)^½ over the query heads of each unit, so ‖v S_i‖² = Σ ‖v Woᵀ‖²: how
+    much a value v changes the output. n_tokens: how many tokens the sums are over.
     """
 
     key_PKK: Tensor
@@ -332,7 +333,7 @@ class BlockStatistics:
     output_KEE: Tensor
     n_tokens: int
 
-    def overflows(self) -> str | None:
+    def first_nonfinite(self) -> str | None:
         """The first of "keys", "values", "queries" whose sums are not finite, or None."""
         sums = {"keys": self.key_PKK, "values": self.value_KKEE, "queries": self.query_KP}
         return next((n for n, x in sums.items() if not torch.isfinite(x.abs().sum())), None)
@@ -344,8 +345,8 @@ def block_statistics(
     """The statistics of a block on the hidden states that enter it.
 
     weights: the block's, named as in `Block`. metric: "cos" first scales every key and value vector
-    to length 1 (eq. 7, 8), "dist" does not. Some thousand tokens are multiplied in float32 at
-    least, and their products summed up in float64.
+    to length 1 (eq. 7, 8), "dist" does not. Products of some 4,096 tokens at a time are made in
+    float32 at least, and summed up in float64.
     """
     sums: dict[str, Tensor] = {}
     for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
@@ -390,7 +391,7 @@ def _query_power(q_NHE: Tensor) -> Tensor:
 
 
 def _output_root(config: LlamaConfig, weights: Weights) -> Tensor:
-    """S_i = (Σ WoᵀWo)^½ (K, E, E) over the query heads of a unit: ‖v S_i‖ = ‖v Woᵀ‖ for one."""
+    """S_i = (Σ WoᵀWo)^½ (K, E, E) over the query heads of a unit: ‖v S_i‖² = Σ ‖v Woᵀ‖²."""
     heads = (config.num_key_value_heads, -1, config.head_dim)
     wo_KQED = weights["self_attn.o_proj.weight"].double().mT.unflatten(0, heads)
     value, vector = torch.linalg.eigh((wo_KQED @ wo_KQED.mT).sum(1))
@@ -489,9 +490,9 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
     modulus 1, c_i z_i agree; the first head's map is the identity. history: the objective
     (rounds + 1, …) or (rounds + 1, …, P), which never falls. Raises ValueError for another shape.
 
-    Each update is the exact maximum in that head's map. Algorithm 1 of the paper rotates all heads
-    onto one mean that contains them; it climbs as surely, but takes several times as many rounds.
-    Stops when every problem gains less than 1e-10 of its objective, or after 500 rounds.
+    Each update is the exact maximum over that head's map. Algorithm 1 of the paper rotates all
+    heads onto one mean that contains them, which is monotone, too, but takes several times as many
+    rounds. Stops when every problem gains less than 1e-10 of its objective, or after 500 rounds.
 
     >>> x_NE = torch.randn(50, 4, dtype=torch.float64)
     >>> x_MNE = torch.stack([x_NE, x_NE.flip(1), -x_NE])
@@ -533,20 +534,21 @@ TINY = 1e-100  # added to energies, in float64, so that heads of zeros do not di
 def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The one key that serves M heads best: a weighted PCA of rank 1 in each RoPE plane.
 
-        minimise  Σ_i p_i Σ_n |z_i[n] − a_i s[n]|²  over the shared key s and complex numbers a_i
+        minimise  Σ_i ω_i Σ_n |z_i[n] − a_i s[n]|²  over the shared key s and complex numbers a_i
 
     Heads need not become alike to share a key s. It is enough that each is some multiple of it,
     z_i ≈ a_i s: scores are Re q_i conj(z_i), so the query takes the factor, q_i → conj(a_i) q_i.
-    p_i is the power Σ |q_i|² of the queries that read head i; so an error in z_i counts as it
-    changes the scores, if errors and queries are independent.
-    The solution (Eckart and Young 1936): with u the leading eigenvector of √p_i M_ij √p_j,
+    ω_i is the power Σ |q_i|² of the queries that read head i: so an error in z_i is weighted by its
+    effect on the scores, if errors and queries are independent.
+    The solution (Eckart and Young 1936): with λ and u the leading eigenvalue and eigenvector of
+    √ω_i M_ij √ω_j,
 
-        s = mean of c_i z_i,   c_i = M σ √p_i conj(u_i),   a_i = u_i / (σ √p_i)
+        s = mean of c_i z_i,   c_i = M σ √ω_i conj(u_i),   a_i = u_i / (σ √ω_i)
 
-    It is a mean because that is what `merge` takes. Any σ will do; this one gives s the mean power
-    of the M heads, which keeps the weights near their size.
-    gram: (…, P, M, M), M_ij = Σ_n z_i conj(z_j). power: (…, M, P). Returns (maps c, inverse maps a,
-    kept): complex (…, M, P) twice, and the share (…) of the energy Σ p_i |z_i|² that is kept.
+    It is a mean because that is what `merge` takes. Any σ will do; σ² = mean of M_ii / λ gives s
+    the mean power of the M heads, which keeps the weights near their size.
+    gram: (…, P, M, M), M_ij = Σ_n z_i conj(z_j). power: ω (…, M, P). Returns (maps c, inverse maps
+    a, kept): complex (…, M, P) twice, and the share (…) of the energy Σ ω_i |z_i|² that is kept.
 
     >>> z_N = torch.randn(50, dtype=torch.complex128)
     >>> z_MN = torch.stack([z_N, 2j * z_N])
@@ -556,7 +558,7 @@ def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Ten
     True
     """
     m = power_MP.shape[-2]
-    # subtle: not 0, or a unit without queries would divide by it.
+    # subtle: not 0, since a unit without queries would divide by it.
     root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max() + TINY).sqrt()
     energy_PM, vector_PMM = torch.linalg.eigh(
         root_PM[..., :, None] * gram_PMM * root_PM[..., None, :])
@@ -575,11 +577,11 @@ def shared_values(gram_MMEE: Tensor, root_MEE: Tensor) -> tuple[Tensor, Tensor, 
         minimise  Σ_i Σ_n ‖(v_i[n] − w[n] r_i) S_i‖²  over the shared value w and matrices r_i
 
     The same as `shared_keys` with matrices for numbers: it is enough that each v_i is some linear
-    map of one shared value w (rows are vectors), since Wo can take r_i. An error in v_i counts by
-    what Wo makes of it, hence S_i. With U the E leading eigenvectors (M·E, E) of the Gram of all
-    v_i S_i side by side, and U_i their rows of head i,
+    map of one shared value w (rows are vectors), since Wo can take r_i. An error in v_i is weighted
+    by its effect on the output, hence S_i. With U the E leading eigenvectors (M·E, E) of the Gram
+    of all v_i S_i side by side, U_i their rows of head i, and λ the sum of their eigenvalues,
 
-        w = mean of v_i q_i,   q_i = M σ S_i U_i,   r_i = U_iᵀ S_i⁻¹ / σ
+        w = mean of v_i q_i,   q_i = M σ S_i U_i,   r_i = U_iᵀ S_i⁻¹ / σ,   σ² = mean of tr C_ii / λ
 
     gram: (…, M, M, E, E), C_ij = Σ_n v_iᵀ v_j. root: S (…, M, E, E), symmetric, see
     `BlockStatistics`. Returns (maps q, inverse maps r, kept): (…, M, E, E) twice, and the share (…)
@@ -627,7 +629,7 @@ def head_similarity(gram: Tensor, n_tokens: int, metric: str, rope: bool = False
     """
     if rope:
         return _similarity(gram.abs().sum(0), n_tokens, metric)
-    inner_KK = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # its diagonal, tr C_ii, is what stays
+    inner_KK = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # only its diagonal, tr C_ii, will stay
     i, j = torch.triu_indices(len(inner_KK), len(inner_KK), 1, device=gram.device)
     inner_KK[i, j] = inner_KK[j, i] = torch.linalg.svdvals(gram[i, j]).sum(-1)
     return _similarity(inner_KK, n_tokens, metric)
@@ -648,8 +650,9 @@ def discarded_energy(statistics: BlockStatistics) -> Tensor:
 
         loss_ij = keys_ij / mean keys + values_ij / mean values
 
-    keys_ij and values_ij are the eigenvalues that `shared_keys` and `shared_values` do not keep of
-    the pair. A larger group is judged by the sum over its pairs.
+    keys_ij: in each plane a shared key keeps one of the pair's two eigenvalues, the smaller one is
+    lost. values_ij: a shared value keeps E of the pair's 2E eigenvalues, the E smallest are lost.
+    The loss of a larger group is taken to be the sum over its pairs.
     """
     k, e = statistics.output_KEE.shape[:2]
     root_KP, s_KEE = statistics.query_KP.sqrt(), statistics.output_KEE
@@ -658,8 +661,8 @@ def discarded_energy(statistics: BlockStatistics) -> Tensor:
     for chunk in pairs.split(64):  # all at once would be a gigabyte
         i, j = chunk[:, :, None], chunk[:, None, :]
         root = root_KP[chunk].movedim(-1, 0)  # (P, pairs, 2)
-        key_gram_P22 = root[..., :, None] * statistics.key_PKK[:, i, j] * root[..., None, :]
-        keys = torch.linalg.eigvalsh(key_gram_P22)
+        keys = torch.linalg.eigvalsh(  # in ascending order
+            root[..., :, None] * statistics.key_PKK[:, i, j] * root[..., None, :])
         values = torch.linalg.eigvalsh(
             _block_matrix(s_KEE[i] @ statistics.value_KKEE[i, j] @ s_KEE[j]))
         lost_of.append(torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)]))
@@ -680,7 +683,7 @@ def anneal_groups(
         maximise  Σ over groups, Σ_(i<j in the group) s_ij                       (eq. 23, 24)
 
     Simulated annealing by swaps of two heads (algorithm 2), 512 restarts of 4,000 steps side by
-    side; then the best of all swaps until none gains. `temperature` is the first one, in standard
+    side; then the best of all swaps until none gains. `temperature` is the initial one, in standard
     deviations of s; it falls to a hundredth of that. 0 is the paper's rule: improvements only.
     Returns `n_groups` sorted lists, ordered by their first heads. Raises ValueError if `n_groups`
     does not divide K or s is not a square matrix of finite numbers.
@@ -707,7 +710,12 @@ def anneal_groups(
 
 
 def _affinity(s_KK: np.ndarray, group_RK: np.ndarray) -> np.ndarray:
-    """a[r, i, g]: the sum of s between head i and the heads of group g, in restart r."""
+    """a[r, i, g]: the sum of s between head i and the heads of group g, in restart r.
+
+    If heads i and j of groups g and h change places, the score gains
+    a[i, h] − a[i, g] + a[j, g] − a[j, h] − 2 s_ij: the first and third terms count s_ij as if one
+    joined the other, but they stay apart.
+    """
     return s_KK @ (group_RK[:, :, None] == np.arange(group_RK.max() + 1)).astype(np.float64)
 
 
@@ -723,8 +731,6 @@ def _metropolis_swaps(s_KK, group_RK, steps, temperature, rng) -> np.ndarray:
     threshold_SR = -cooling[:, None] * rng.exponential(size=(steps, len(rows)))
     for i, j, threshold in zip(i_SR, j_SR, threshold_SR, strict=True):
         gi, gj = group_RK[rows, i], group_RK[rows, j]
-        # What i and j gain by changing places. Both gains contain s_ij, as if one joined the other;
-        # but they stay in different groups, so it is subtracted twice.
         gain = a_RKG[rows, i, gj] - a_RKG[rows, i, gi] + a_RKG[rows, j, gi] - a_RKG[rows, j, gj]
         gain -= 2 * s_KK[i, j]
         r = np.flatnonzero((gi != gj) & (gain > threshold))
@@ -760,12 +766,13 @@ def _steepest_ascent(s_KK, group_RK) -> np.ndarray:
 class HeadMaps:
     """How the K units of a block are mapped, in the order of their groups (eq. 12-17).
 
-        keys    z_p → c_p z_p in RoPE plane p;   their queries  q_p → conj(a_p) q_p
-        values  v → v q;                         Wo then reads  v r, so Wo → Wo rᵀ
+        keys    z_i → c_i z_i, read back as z_i ≈ a_i (c_i z_i):   Wq_i → conj(a_i) Wq_i
+        values  v_i → v_i q_i, read back as v_i ≈ (v_i q_i) r_i:   Wo_i → Wo_i r_iᵀ
 
-    key_KP: c. key_inverse_KP: a. value_KEE: q. value_inverse_KEE: r. With a = 1/c and r = q⁻¹ the
-    block computes the same, for any c but 0 and any invertible q. Linear alignment has inverse maps
-    of the shared head instead: see `shared_keys`.
+    key_KP: c, one complex number for each RoPE plane. value_KEE: q. key_inverse_KP: a.
+    value_inverse_KEE: r. With a = 1/c and r = q⁻¹ the block computes the same, for any c but 0 and
+    any invertible q. With linear alignment the brackets are the shared head instead, which is the
+    mean of the mapped ones: see `shared_keys`.
     """
 
     key_KP: Tensor
@@ -796,8 +803,7 @@ def transform(
 def _split_heads(weights: Weights, config: LlamaConfig) -> dict[str, Tensor]:
     """Attention's weights and biases as (unit, its heads, E, D), float64; D is 1 for a bias.
 
-    Rows of the projections to q, k and v, columns of the one from the heads' outputs; its bias
-    belongs to no head.
+    Rows of q_proj, k_proj and v_proj, columns of o_proj, whose bias belongs to no head.
     """
     heads = {}
     for name in weights:
@@ -938,7 +944,7 @@ class Method:
     paper's; or "none", plain averages. refit: train each block to reproduce the source's hidden
     states (None: with "linear"). group: the heads of a group lose the least "energy" together, have
     similar "value"s or "key"s, or are "adjacent" (None: energy, value, adjacent for the three ways
-    to align). metric of similarity: "dist" or "cos". seed: of all that is random.
+    to align). metric of similarity: "dist" or "cos". seed: for all that is random.
     """
 
     CHOICES: ClassVar = {
@@ -994,7 +1000,7 @@ def converted_blocks(
     calibration rows; it gives the statistics, and each block's output is what its refit should
     reproduce. It is overwritten block by block, to save memory. The converted model's stream is
     what the refit starts from.
-    `document_BT` as in `Llama.forward`. `lap` is told each stage that is done, to take its time.
+    `document_BT` as in `Llama.forward`. `lap(stage)` is called as each stage ends, to time it.
     Raises ValueError for weights or activations that are not finite.
     """
     new_config = gqa_config(config, kv_heads)
@@ -1003,7 +1009,7 @@ def converted_blocks(
         source = read_block(weights, i, x_BTD.device)
         lap("read")
         statistics = block_statistics(config, source, source_x, method.metric)
-        if what := statistics.overflows():
+        if what := statistics.first_nonfinite():
             raise ValueError(f"block {i}: its {what} on this text are not finite")
         lap("calibrate")
         groups = _choose_groups(statistics, kv_heads, method, method.seed + i)
@@ -1012,7 +1018,7 @@ def converted_blocks(
         mapped = transform(source, config, sum(groups, []), maps)
         converted = _as_dtypes_of(source, merge(mapped, config, kv_heads))
         aligned = None if method.refit else mapped
-        del mapped  # in float64, and as large as a block
+        del mapped  # in float64: too large to keep through a refit
         lap("merge")
         _run_block_(config, source, source_x, document_BT)
         lap("calibrate")
@@ -1083,8 +1089,8 @@ def _align_groups(
 
 # The refit's constants were chosen by held-out loss and KL on two small models.
 REFIT_EPOCHS = 5  # passes over the calibration rows; ten take twice the time, and gain little
-REFIT_TOKENS = 1024  # of a step; 2,048 were worse
-REFIT_RATE = 0.4  # the length of a step, relative to the weight
+REFIT_TOKENS = 1024  # per step; 2,048 were worse
+REFIT_RATE = 0.4  # how much a step at the highest rate changes the output, relative to it
 
 
 @torch.no_grad()
@@ -1133,9 +1139,10 @@ def _relative_error(block, weights, x_BTD, target_BTD, document_BT=None) -> Tens
 def _refit_rates(weights: Weights) -> dict[str, float]:
     """Adam's learning rate for each weight: REFIT_RATE · rms(W) / √columns.
 
-    A step of Adam changes every entry by about the rate r, and all n entries of a row in concert:
-    the output changes by n r. The entries as they are add up at random, to an output of √n rms(W).
-    So this rate is the same relative change at any width.
+    For an input of ±1 and a row of n entries: a step of Adam changes each by about the rate r. The
+    changes have the signs of the input, so they add up, and the output changes by n r. The entries
+    themselves have random signs, and add up to about √n rms(W). So at this rate the output changes
+    by the same share, REFIT_RATE, at any width.
     """
     return {name: REFIT_RATE * (at_least_float32(w).square().mean() / w.shape[-1]).sqrt().item()
             for name, w in weights.items()}
@@ -1166,7 +1173,7 @@ def _as_dtypes_of(like: Weights, weights: Weights) -> dict[str, Tensor]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Share of the highest rate: up from 0 over 32 steps (or a tenth of few), a cosine down to 0.
+    """Share of the highest rate: up from 0 over 32 steps (or a tenth of all), a cosine down to 0.
 
     0 at step 0: if the student is still its teacher, the first gradient is only rounding error,
     which Adam would scale up to a full step.
@@ -1214,9 +1221,9 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a checkpoint directory to `kv_heads` KV heads; returns the report.
 
-    corpus: a `Corpus`, or just its files. `dtype` is the forward's; what is written has the
-    source's. `log` is given the line that says what will be done; `dry_run` ends there, after all
-    checks. Memory is one block and the tokens' hidden states, however deep the model.
+    corpus: a `Corpus`, or just its files. dtype: of the forward; the output keeps the source's.
+    `log` is called with the line that says what will be done; `dry_run` ends there, after all
+    checks. Memory holds one block and the tokens' hidden states, however deep the model.
 
     `out_dir` becomes a Hugging Face directory with `mha2gqa.json`, the report: losses in
     nats/token, sizes in bytes, times in seconds. It is there whole or not at all. Raises
@@ -1341,31 +1348,37 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _sliding_window(raw: Mapping[str, Any]) -> bool:
-    # subtle: a mistral config without the key has a window of 4096 in transformers.
-    mistral = raw["model_type"] == "mistral" and raw.get("sliding_window", 4096) is not None
-    qwen2 = raw["model_type"] == "qwen2" and bool(raw.get("use_sliding_window"))
-    return mistral or qwen2 or any(t != "full_attention" for t in raw.get("layer_types") or ())
-
-
-def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Old files have rope_theta at the top and the rest in rope_scaling, new ones all of it in
     rope_parameters; as in transformers rope_scaling wins, and so does the nested rope_theta."""
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    top = {name: raw[name] for name in ("rope_theta", "partial_rotary_factor") if raw.get(name)}
-    return {"rope_type": rope.get("type", "default"), **top, **rope}
+    nested = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    top = {name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    rope = {"rope_type": nested.get("type", "default"), **top, **nested}
+    return {name: value for name, value in rope.items() if value is not None}
 
 
-# What LLaMA's block does not compute: its name, and whether a config.json asks for it.
-UNSUPPORTED_CONFIG: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    f"model_type {{model_type!r}} (supported: {', '.join(MODEL_TYPES)})":
-        lambda raw: raw["model_type"] not in MODEL_TYPES,
-    "hidden_act {hidden_act!r} (supported: silu)":
-        lambda raw: raw["hidden_act"] not in (None, "silu"),
-    "quantised weights (quantization_config)": lambda raw: bool(raw["quantization_config"]),
-    "partial rotary embedding": lambda raw: _rope(raw).get("partial_rotary_factor", 1) != 1,
-    "sliding window (a mistral model without one has sliding_window null)": _sliding_window,
-}
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    """Raise ValueError with the name of what LLaMA's block, or this file's, does not compute."""
+    kind, rope = raw.get("model_type"), _rope_parameters(raw)
+    # subtle: a mistral config without the key has a window of 4096 in transformers.
+    window = {"mistral": raw.get("sliding_window", 4096) is not None,
+              "qwen2": bool(raw.get("use_sliding_window"))}.get(str(kind), False)
+    layer_types = raw.get("layer_types") or []
+    unsupported = {
+        f"model_type {kind!r} (supported: {', '.join(MODEL_TYPES)})": kind not in MODEL_TYPES,
+        f"hidden_act {raw.get('hidden_act')!r} (supported: silu)":
+            raw.get("hidden_act", "silu") != "silu",
+        "quantised weights (quantization_config)": bool(raw.get("quantization_config")),
+        "partial rotary embedding": rope.get("partial_rotary_factor", 1) != 1,
+        "sliding window (a mistral model without one has sliding_window null)":
+            window or any(t != "full_attention" for t in layer_types),
+        f"rope type {rope['rope_type']!r} (supported: {', '.join(ROPE_FIELDS)})":
+            rope["rope_type"] not in ROPE_FIELDS,
+    }
+    for name, found in unsupported.items():
+        if found:
+            raise ValueError(f"not supported: {name}")
+
 
 def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """Read a Hugging Face model directory: `(config, weights)`, weights by parameter name.
@@ -1396,14 +1409,9 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
 
 def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
     """The config of a parsed config.json; raises ValueError that names what is not supported."""
-    for name, asked_for in UNSUPPORTED_CONFIG.items():
-        null_if_absent = collections.defaultdict(lambda: None, raw)
-        if asked_for(null_if_absent):
-            raise ValueError(f"not supported: {name.format_map(null_if_absent)}")
-    rope = _rope(raw)
+    _refuse_unsupported(raw)
+    rope = _rope_parameters(raw)
     kind = rope["rope_type"]
-    if kind not in ROPE_FIELDS:
-        raise ValueError(f"not supported: rope type {kind!r} (supported: {', '.join(ROPE_FIELDS)})")
     types = {f.name: f.type for f in dataclasses.fields(LlamaConfig)}
     fields = {name: raw[name] for name in types if name != "raw" and raw.get(name) is not None}
     absent = [name for name in list(types)[:5] if name not in fields]
@@ -1683,7 +1691,7 @@ class Corpus:
     """Text to calibrate with, and to measure on.
 
     files, eval_files: one path or several; JSONL with a "text" field or plain text, .gz and .xz of
-    either. tokens: how many to read of `files`. seq_len: tokens a row, None: 2,048 or the model's
+    either. tokens: how many to read of `files`. seq_len: tokens per row, None: 2,048 or the model's
     context if that is less. Without eval_files the first 10 % of what is read are held out.
     """
 
@@ -1730,7 +1738,7 @@ def text_rows(
         warnings.warn(f"{found}, not the {tokens:,} asked for: using those", stacklevel=2)
     if held_out is None:
         n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
-        held_out, calibration = calibration[:n], calibration[n:]  # first: more tokens add to them
+        held_out, calibration = calibration[:n], calibration[n:]  # the first: more tokens keep them
     return calibration, held_out
 
 
@@ -1844,7 +1852,7 @@ def _pack_rows(
     while documents and read < n_tokens:
         batch, size = [], 0
         while documents and size < 1_000_000:
-            # A tokenizer takes a hundred bytes a character: of a huge file, no more than can count.
+            # A tokenizer takes a hundred bytes per character: cut what is surely too long.
             batch.append(documents.pop()[: 16 * n_tokens])
             size += len(batch[-1])
         for tokens in encode(batch):
@@ -2014,7 +2022,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=Corpus.tokens, metavar="N",
         help="tokens to read of --text (default: %(default)s)")
     add("--seq-len", type=int, metavar="N",
-        help="tokens a row (default: 2048, or the model's context if that is less)")
+        help="tokens per row (default: 2048, or the model's context if that is less)")
     add_method_arguments(parser)
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dry-run", action="store_true", help="check the input, say what would be done, and end")
@@ -2078,10 +2086,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def end_like_ctrl_c() -> None:
+def install_signal_handlers() -> None:
     """For programs: SIGTERM and SIGHUP unwind as Ctrl-C does, so that nothing half-written stays.
 
-    A signal that is ignored, as under nohup, stays ignored. Warnings become one line each.
+    A signal that is ignored, as under nohup, stays ignored. And warnings are printed in one line.
     """
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     for name in ("SIGTERM", "SIGHUP"):
@@ -2091,5 +2099,5 @@ def end_like_ctrl_c() -> None:
 
 
 if __name__ == "__main__":
-    end_like_ctrl_c()
+    install_signal_handlers()
     sys.exit(main())

@@ -6,7 +6,7 @@
 
 The program around mha2gqa.py, after Jin et al. 2024 (arXiv 2412.20677). The teacher is the source
 fine-tuned on the tasks, or the source itself. The student starts as the converted model, and KL and
-BiLD draw its logits to the teacher's. Or, the paper's way (--align rotation), the student starts as
+BiLD pull its logits to the teacher's. Or, the paper's way (--align rotation), the student starts as
 the source with its heads rotated, and hard-concrete masks let its key and value heads fade into the
 new shared ones.
 
@@ -45,7 +45,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -74,22 +74,22 @@ KL, ANSWER = 1, 2  # bits: this prediction enters the KL loss; it is part of an 
 class TokenBatch:
     """Packed rows: tokens (R, T), the losses of each prediction, the document of each token.
 
-    `losses[r, t]` is of the prediction made at t, of token t + 1. Text: all but the row's last one
-    are KL | ANSWER, and the row counts as one document (`document` None). Tasks: KL within a
-    prompt, ANSWER for an answer and its EOS, 0 from one document to the next.
+    `loss_bits[r, t]` says which losses the prediction of token t + 1, made at t, enters. Text: KL |
+    ANSWER for all but the row's last one, and the row counts as one document (`document` None).
+    Tasks: KL within a prompt, ANSWER for an answer and its EOS, 0 from one document to the next.
     """
 
     tokens: Tensor
-    losses: Tensor
+    loss_bits: Tensor
     document: Tensor | None = None
 
     def __getitem__(self, rows) -> "TokenBatch":
         document = None if self.document is None else self.document[rows]
-        return TokenBatch(self.tokens[rows], self.losses[rows], document)
+        return TokenBatch(self.tokens[rows], self.loss_bits[rows], document)
 
     def to(self, device: torch.device) -> "TokenBatch":
         document = None if self.document is None else self.document.to(device)
-        return TokenBatch(self.tokens.to(device), self.losses.to(device), document)
+        return TokenBatch(self.tokens.to(device), self.loss_bits.to(device), document)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -97,9 +97,9 @@ class TokenBatch:
 
 def text_batch(tokens_RT: Tensor) -> TokenBatch:
     """Rows of plain text: every prediction but the row's last enters both losses."""
-    losses = torch.full_like(tokens_RT, KL | ANSWER, dtype=torch.uint8)
-    losses[:, -1] = 0
-    return TokenBatch(tokens_RT, losses)
+    loss_bits = torch.full_like(tokens_RT, KL | ANSWER, dtype=torch.uint8)
+    loss_bits[:, -1] = 0
+    return TokenBatch(tokens_RT, loss_bits)
 
 
 def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:
@@ -109,7 +109,7 @@ def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:
         document = torch.cat([torch.zeros_like(p.tokens) if p.document is None else p.document
                               for p in parts])
     return TokenBatch(
-        torch.cat([p.tokens for p in parts]), torch.cat([p.losses for p in parts]), document)
+        torch.cat([p.tokens for p in parts]), torch.cat([p.loss_bits for p in parts]), document)
 
 
 @functools.lru_cache(maxsize=2)
@@ -128,7 +128,7 @@ def batch_of_step(data: TokenBatch, step: int, n_rows: int, seed: int) -> TokenB
 def micro_batches(
     batch: TokenBatch, device: torch.device, tokens: int = 8192
 ) -> Iterator[TokenBatch]:
-    """This rank's rows of a batch, a few at a time; all ranks get as many turns."""
+    """This rank's rows of a batch, a few at a time; all ranks get the same number of batches."""
     mine = batch[dist.get_rank() :: dist.get_world_size()]
     size = max(1, tokens // batch.tokens.shape[1])
     for i in range(0, len(mine), size):
@@ -291,7 +291,7 @@ def shard(
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of gathered parameters. subtle: a forward without gradients leaves the root's."""
+    """Free gathered parameters. subtle: a forward without gradients leaves the root's gathered."""
     model.reshard()  # type: ignore[operator]  # FSDPModule's, which fully_shard makes of the model
 
 
@@ -312,9 +312,8 @@ def load_sharded(
     for parameters, weights in zip(parts, loaded, strict=False):
         for name, p in parameters.items():
             full = weights[name] if is_rank_0() else torch.empty(p.shape)
-            if isinstance(p, DTensor):
-                full = full.to(p.device, p.dtype)
-                p.to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements).to_local())
+            p, full = cast(DTensor, p), full.to(p.device, p.dtype)
+            p.to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements).to_local())
     return model
 
 
@@ -336,9 +335,9 @@ def frozen_checkpoint(source: Checkpoint, device: torch.device) -> mha2gqa.Llama
 def save_model(
     path: Path, model: mha2gqa.Llama, config: mha2gqa.LlamaConfig, source: Checkpoint
 ) -> None:
-    """Write the model to `path`, with the source's dtypes and tokenizer. Of fading heads the new.
+    """Write the model to `path`, with the source's dtypes and tokenizer.
 
-    One block at a time comes to rank 0.
+    One block at a time comes to rank 0. Of a `FadingLinear` only the new heads are written.
     """
     named: dict[str, Tensor] = dict(model.named_parameters())
     replaced = {name.replace(".new.", ".") for name in named if ".new." in name}
@@ -359,7 +358,7 @@ def save_model(
 
 
 def free_memory() -> None:
-    """Let go of sharded models that nothing refers to: they refer to themselves."""
+    """Free sharded models that are no longer used: they are in reference cycles."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -373,7 +372,7 @@ Readout = Callable[[Tensor, Tensor], Tensor]  # (hidden_BTD, head_VD) -> the for
 class Objective:
     """What a training minimises, as a sum of parts.
 
-    parts: name -> bit of the predictions that a part is the mean over. readout: makes of a batch
+    parts: name -> bit of the predictions that this part is averaged over. readout: makes of a batch
     the `readout` of `Llama.forward`, which returns the parts' sums over the batch, (parts,).
     """
 
@@ -393,13 +392,13 @@ def in_chunks(function: Callable, hidden_ND: Tensor, head_VD: Tensor, *others: T
 
 
 def cross_entropy() -> Objective:
-    """Nats of the answers' tokens (all of a text's)."""
+    """Cross-entropy of the answers' tokens, in nats; of plain text, of all tokens."""
     def of_chunk(hidden_ND, head_VD, target_N):
         logits = mha2gqa.at_least_float32(F.linear(hidden_ND, head_VD))
         return F.cross_entropy(logits, target_N, reduction="sum")[None]
 
     def readout(batch: TokenBatch) -> Readout:
-        at = batch.losses & ANSWER > 0
+        at = batch.loss_bits & ANSWER > 0
         target = batch.tokens.roll(-1, dims=1)[at]
         return lambda hidden, head: in_chunks(of_chunk, hidden[at], head, target)
 
@@ -411,18 +410,18 @@ def distillation(teacher: mha2gqa.Llama) -> Objective:
     reshard(teacher)
     teacher_head = gathered(teacher.head_weight)
 
-    def of_chunk(hidden_ND, head_VD, teacher_ND, losses_N):
+    def of_chunk(hidden_ND, head_VD, teacher_ND, bits_N):
         student, target = F.linear(hidden_ND, head_VD), F.linear(teacher_ND, teacher_head)
-        kl = mha2gqa.kl_loss(student, target)[losses_N & KL > 0].sum()
-        bild = mha2gqa.bild_loss(student, target)[losses_N & ANSWER > 0].sum()
+        kl = mha2gqa.kl_loss(student, target)[bits_N & KL > 0].sum()
+        bild = mha2gqa.bild_loss(student, target)[bits_N & ANSWER > 0].sum()
         return torch.stack([kl, bild])
 
     def readout(batch: TokenBatch) -> Readout:
-        at = batch.losses > 0
+        at = batch.loss_bits > 0
         with torch.no_grad():
             teacher_ND = teacher(batch.tokens, batch.document, lambda hidden, _: hidden)[at]
         return lambda hidden, head: in_chunks(
-            of_chunk, hidden[at], head, teacher_ND, batch.losses[at])
+            of_chunk, hidden[at], head, teacher_ND, batch.loss_bits[at])
 
     return Objective({"kl": KL, "bild": ANSWER}, readout)
 
@@ -435,7 +434,8 @@ class Masks:
 
     The target of the mean P(z > 0) falls from 1 to 0 over the first 30 % of the steps. Before every
     step one number is added to all log α so that the target is met: layers and heads differ only by
-    what distillation says. z is 1 at step 0, drawn from (seed, step) after it, and 0 from 80 % on.
+    the gradients of distillation. z is 1 at step 0, then drawn from (seed, step), and 0 from 80 %
+    of the steps on.
     """
 
     def __init__(self, model: mha2gqa.Llama, steps: int, lr: float, seed: int):
@@ -502,12 +502,13 @@ def shift_to(log_alpha: Tensor, target: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A stage of training: its name, and how long, fast and in which batches it learns."""
+    """A stage of training: its name, length, batches, learning rates of model and masks."""
 
     stage: str
     steps: int
-    rows_per_step: int
+    batch_size: int
     lr: float
+    mask_lr: float
     seed: int
     save_every: int
 
@@ -534,7 +535,7 @@ def train(
             record: dict[str, Any] = {"stage": name, "step": step}
             if masks:
                 record |= masks.draw(step, device)
-            batch = batch_of_step(data, step, schedule.rows_per_step, schedule.seed)
+            batch = batch_of_step(data, step, schedule.batch_size, schedule.seed)
             losses = backward(model, batch, objective)
             norm = gathered(nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
             if not math.isfinite(losses.sum().item() + norm):
@@ -568,7 +569,7 @@ def train(
 def backward(model: mha2gqa.Llama, batch: TokenBatch, objective: Objective) -> Tensor:
     """Leave the gradients of a global batch in the model; returns its losses (parts,)."""
     device = next(model.parameters()).device
-    counts = [max(1, int((batch.losses & bit > 0).sum())) for bit in objective.parts.values()]
+    counts = [max(1, int((batch.loss_bits & bit > 0).sum())) for bit in objective.parts.values()]
     count, total = torch.tensor(counts, device=device), torch.zeros(len(counts), device=device)
     for micro in micro_batches(batch, device):
         losses = model(micro.tokens, micro.document, objective.readout(micro)) / count
@@ -668,10 +669,10 @@ class Data:
 
 
 def eval_batches(data: TokenBatch, device: torch.device, name: str) -> Iterable[TokenBatch]:
-    """This rank's rows, a few at a time. All ranks get as many: filled up with rows that enter no
-    loss."""
+    """This rank's rows, a few at a time, padded with rows that enter no loss, so that all ranks get
+    equally many."""
     padding = data[[0] * (-len(data) % dist.get_world_size())]
-    padding = dataclasses.replace(padding, losses=torch.zeros_like(padding.losses))
+    padding = dataclasses.replace(padding, loss_bits=torch.zeros_like(padding.loss_bits))
     batches = list(micro_batches(concatenate([data, padding]), device))
     return progress(batches, f"evaluate {name}", len(batches))
 
@@ -680,26 +681,26 @@ def eval_batches(data: TokenBatch, device: torch.device, name: str) -> Iterable[
 def held_out_loss(
     model: mha2gqa.Llama, teacher: mha2gqa.Llama, data: TokenBatch, name: str
 ) -> dict[str, float]:
-    """Of text, over all predictions and in nats/token: the loss, and the KL to the teacher."""
+    """The loss and the KL to the teacher on held-out text, in nats/token over all predictions."""
     objectives, total = (cross_entropy(), distillation(teacher)), torch.zeros(3).double()
     for micro in eval_batches(data, next(model.parameters()).device, name):
         readouts = [objective.readout(micro) for objective in objectives]
         total += model(micro.tokens, micro.document, lambda hidden, head, readouts=readouts:
                        torch.cat([readout(hidden, head) for readout in readouts])).cpu()
     dist.all_reduce(total)
-    loss, kl, _ = (total / (data.losses > 0).sum()).tolist()
+    loss, kl, _ = (total / (data.loss_bits > 0).sum()).tolist()
     return {"loss": loss, "kl": kl}
 
 
 @torch.no_grad()
 def exact_match(model: mha2gqa.Llama, data: TokenBatch, n_examples: int, name: str) -> float:
-    """Share of examples whose every answer token, EOS included, is the argmax: in one pass.
+    """Share of examples whose every answer token, EOS included, is the argmax, in one forward.
 
-    What greedy generation would answer, but for the answers that it spells with other tokens.
+    So greedy generation gives the answer. The converse fails if it uses other tokens for the text.
     """
     wrong = torch.zeros(n_examples, dtype=torch.int64)
     for micro in eval_batches(data, next(model.parameters()).device, name):
-        at = micro.losses & ANSWER > 0
+        at = micro.loss_bits & ANSWER > 0
         target = micro.tokens.roll(-1, dims=1)[at]
 
         def missed(hidden, head, at=at, target=target):
@@ -716,8 +717,8 @@ def exact_match(model: mha2gqa.Llama, data: TokenBatch, n_examples: int, name: s
 def evaluate_model(
     model: mha2gqa.Llama, teacher: mha2gqa.Llama, data: Data, name: str
 ) -> dict[str, float]:
-    """Of held-out text the loss and the KL to the teacher, in nats/token; of tasks the shares of
-    exact answers, and their mean."""
+    """Loss and KL to the teacher on held-out text, in nats/token; on tasks the shares of exact
+    answers, and their mean."""
     found = {}
     if data.held_out is not None:
         found = held_out_loss(model, teacher, data.held_out, name)
@@ -853,15 +854,15 @@ def make_schedule(
                          f"choose a multiple of {seq_len * n}")
     epochs, steps = (args.epochs, args.steps) if stage == "distill" else (args.sft_epochs, None)
     steps = steps or math.ceil(epochs * len(data) / size)
-    lr, _ = learning_rates(args, config.hidden_size, steps)
-    return Schedule(stage, steps, size, lr, args.method.seed, args.save_every)
+    rates = learning_rates(args, config.hidden_size, steps)
+    return Schedule(stage, steps, size, *rates, args.method.seed, args.save_every)
 
 
 def text_split(
     args: Arguments, model_dir: str | Path, config: mha2gqa.LlamaConfig
 ) -> tuple[Tensor, Tensor]:
     """(rows to train on, rows held out) of --text, these of --eval-text if there is one."""
-    # So many that the held-out rows are the same for every number of steps.
+    # Enough that the held-out rows are the same for every number of steps.
     steps = args.steps
     tokens = max(655_360, steps * args.batch_tokens) + 65_536 if steps else 10**9
     corpus = mha2gqa.Corpus(args.text, args.eval_text, tokens, args.seq_len)
@@ -889,7 +890,7 @@ def load_data(args: Arguments, config: mha2gqa.LlamaConfig) -> Data:
                 examples += found
         train.append(pack_examples(examples, seq_len, seed))
     rows = concatenate(train)
-    if len(train) > 1:  # calibration takes the first ones: of both kinds
+    if len(train) > 1:  # shuffled: calibration takes the first rows, which should be of both kinds
         rows = rows[epoch_order(len(rows), seed, 0)]
     return Data(rows, held_out, dev)
 
@@ -911,13 +912,13 @@ def read_input(args: Arguments, device: torch.device) -> tuple[Checkpoint, Data,
         meta_model(config)))
     if not (args.out / "report.json").exists():
         check_disk(args, schedule.steps, student)
-    n, _mask_lr = dist.get_world_size(), learning_rates(args, config.hidden_size, schedule.steps)[1]
+    n = dist.get_world_size()
     memory = (16 * student + compute_dtype(device).itemsize * teacher) / n
     print_rank_0(
         f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {args.kv_heads} KV "
-        f"heads; {schedule.steps} steps of {schedule.rows_per_step} rows of "
+        f"heads; {schedule.steps} steps of {schedule.batch_size} rows of "
         f"{data.train.tokens.shape[1]} tokens, learning rate {schedule.lr:.1e}"
-        + ("" if args.no_masks else f", of masks {_mask_lr:.1e}")
+        + ("" if args.no_masks else f", of masks {schedule.mask_lr:.1e}")
         + f"; {n} x {device.type}, {mha2gqa.gigabytes(memory)} each for weights, gradients and "
         "Adam")
     return source, data, schedule
@@ -1003,8 +1004,8 @@ def run_stages(
     if not broadcast_from_rank_0(result.exists()):
         student = meta_model(new_config) if args.no_masks else meta_model(config, args.kv_heads)
         shard(student, device, recompute=args.checkpoint_activations)
-        _, mask_lr = learning_rates(args, config.hidden_size, schedule.steps)
-        masks = None if args.no_masks else Masks(student, schedule.steps, mask_lr, schedule.seed)
+        masks = None if args.no_masks else Masks(
+            student, schedule.steps, schedule.mask_lr, schedule.seed)
         if not broadcast_from_rank_0(checkpoints(checkpoints_folder)):
             load_sharded(student, student_blocks(args, source, data.train, device), non_block)
             if masks:
@@ -1136,7 +1137,7 @@ def encode_examples(
     examples: Sequence[tuple[str, str]], encode: Callable, eos: int | Sequence[int] | None,
     seq_len: int
 ) -> tuple[list[Example], int]:
-    """(the examples, number of prompts whose left end is lost)."""
+    """(the examples, number of prompts that were truncated on the left)."""
     prompts = encode([prompt.strip() for prompt, _ in examples])
     wholes = encode([f"{prompt.strip()} {answer.strip()}" for prompt, answer in examples])
     end = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)[:1]
@@ -1165,16 +1166,17 @@ def pack_examples(examples: Sequence[Example], seq_len: int, seed: int) -> Token
         free[row] -= size
         rows[row].append(n)
     tokens = torch.zeros(len(rows), seq_len, dtype=torch.int64)
-    losses, document = torch.zeros_like(tokens, dtype=torch.uint8), torch.full_like(tokens, -1)
+    loss_bits, document = torch.zeros_like(tokens, dtype=torch.uint8), torch.full_like(tokens, -1)
     for r, members in enumerate(rows):
         at = 0
         for n in members:
             ids, prompt = examples[n]
             end = at + len(ids)
             tokens[r, at:end], document[r, at:end] = torch.tensor(ids), n
-            losses[r, at : at + prompt - 1], losses[r, at + prompt - 1 : end - 1] = KL, ANSWER
+            loss_bits[r, at : at + prompt - 1] = KL
+            loss_bits[r, at + prompt - 1 : end - 1] = ANSWER
             at = end
-    return TokenBatch(tokens, losses, document)
+    return TokenBatch(tokens, loss_bits, document)
 
 
 def encoded_tasks(
@@ -1216,7 +1218,7 @@ def make_demo_source(args: Arguments, device: torch.device) -> None:
     start = Checkpoint(DEMO / "tokenizer", config, weights)
     model = shard(meta_model(config), device)
     load_sharded(model, start.blocks(), mha2gqa.non_block_weights(weights))
-    schedule = Schedule("make the source", 400, 16, 3e-3, seed=0, save_every=0)
+    schedule = Schedule("make the source", 400, 16, 3e-3, 0, seed=0, save_every=0)
     train(model, text_batch(rows), cross_entropy(), schedule, DEMO / "pretraining")
     save_model(DEMO / "source", model, config, start)
     if is_rank_0():
@@ -1264,9 +1266,9 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     add("--steps", type=int, metavar="N", help="default: what --epochs takes")
     add("--epochs", type=float, metavar="N",
         help="passes over the data (default: %(default)s)")
-    add("--batch-tokens", type=int, metavar="N", help="tokens a step, over all "
+    add("--batch-tokens", type=int, metavar="N", help="tokens per step, over all "
         "processes (default: %(default)s, 64 rows of 2048)")
-    add("--seq-len", type=int, metavar="N", help="tokens a row; 2,048, or the context if less")
+    add("--seq-len", type=int, metavar="N", help="tokens per row; 2,048, or the context if less")
     add("--lr", type=float, help="of all training, after 32 steps of warm-up, then down "
         "to 0 in a cosine; default: 1e-5 * max(1, 4096/hidden_size) * sqrt(max(1, 10000/steps)): "
         "the paper's rate for its model and length, more for narrower models and shorter runs, "
@@ -1348,5 +1350,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    mha2gqa.end_like_ctrl_c()
+    mha2gqa.install_signal_handlers()
     sys.exit(main())
