@@ -1350,11 +1350,9 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Old files have rope_theta at the top and the rest in rope_scaling, new ones all of it in
-    rope_parameters; as in transformers rope_scaling wins, and so does the nested rope_theta."""
-    nested = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    top = {name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    rope = {"rope_type": nested.get("type", "default"), **top, **nested}
-    return {name: value for name, value in rope.items() if value is not None}
+    rope_parameters; as in transformers rope_scaling wins, and so does a nested rope_theta."""
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    return {"rope_type": rope.get("type", "default"), **rope}
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
@@ -1364,12 +1362,13 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     window = {"mistral": raw.get("sliding_window", 4096) is not None,
               "qwen2": bool(raw.get("use_sliding_window"))}.get(str(kind), False)
     layer_types = raw.get("layer_types") or []
+    partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
     unsupported = {
         f"model_type {kind!r} (supported: {', '.join(MODEL_TYPES)})": kind not in MODEL_TYPES,
         f"hidden_act {raw.get('hidden_act')!r} (supported: silu)":
             raw.get("hidden_act", "silu") != "silu",
         "quantised weights (quantization_config)": bool(raw.get("quantization_config")),
-        "partial rotary embedding": rope.get("partial_rotary_factor", 1) != 1,
+        "partial rotary embedding": partial != 1,
         "sliding window (a mistral model without one has sliding_window null)":
             window or any(t != "full_attention" for t in layer_types),
         f"rope type {rope['rope_type']!r} (supported: {', '.join(ROPE_FIELDS)})":
@@ -1420,8 +1419,9 @@ def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
     for name, value in fields.items():
         if types[name] in (int, float) and not (type(value) in (int, types[name]) and value > 0):
             raise ValueError(f"{name} is {value!r}, expected a positive number")
-    return LlamaConfig(**{**fields, "rope_theta": rope.get("rope_theta", 10000.0),
-                          "rope_scaling": None if kind == "default" else rope, "raw": raw})
+    fields["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    fields["rope_scaling"] = None if kind == "default" else rope
+    return LlamaConfig(**fields, raw=raw)
 
 
 def _config_json(config: LlamaConfig) -> dict[str, Any]:
