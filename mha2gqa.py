@@ -563,8 +563,8 @@ def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Ten
     energy_PM, vector_PMM = torch.linalg.eigh(
         root_PM[..., :, None] * gram_PMM * root_PM[..., None, :])
     best_P, u_PM = energy_PM[..., -1], vector_PMM[..., -1]
-    wanted_P = gram_PMM.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-    sigma_PM = (wanted_P.clamp(min=TINY) / best_P.clamp(min=TINY)).sqrt()[..., None]
+    power_P = gram_PMM.diagonal(dim1=-2, dim2=-1).real.mean(-1)
+    sigma_PM = (power_P.clamp(min=TINY) / best_P.clamp(min=TINY)).sqrt()[..., None]
     maps_PM = m * sigma_PM * root_PM * u_PM.conj()
     inverses_PM = u_PM / (sigma_PM * root_PM)
     kept = (best_P.sum(-1) + TINY) / (energy_PM.sum((-1, -2)) + TINY)
@@ -600,8 +600,8 @@ def shared_values(gram_MMEE: Tensor, root_MEE: Tensor) -> tuple[Tensor, Tensor, 
     energy, vector = torch.linalg.eigh(_block_matrix(weighted))
     u_MEE = vector[..., -e:].unflatten(-2, (m, e))
     best, power = energy[..., -e:].sum(-1), gram_MMEE.diagonal(dim1=-4, dim2=-3)
-    wanted = power.diagonal(dim1=-3, dim2=-2).sum((-1, -2)) / m
-    sigma = (wanted.clamp(min=TINY) / best.clamp(min=TINY)).sqrt()[..., None, None, None]
+    power = power.diagonal(dim1=-3, dim2=-2).sum((-1, -2)) / m
+    sigma = (power.clamp(min=TINY) / best.clamp(min=TINY)).sqrt()[..., None, None, None]
     maps_MEE = m * sigma * root_MEE @ u_MEE
     inverses_MEE = u_MEE.mT @ torch.linalg.inv(root_MEE) / sigma
     kept = (best + TINY) / (energy.sum(-1) + TINY)
@@ -1022,6 +1022,7 @@ def converted_blocks(
         lap("merge")
         _run_block_(config, source, source_x, document_BT)
         lap("calibrate")
+        # source_x now holds the hidden states after the block, which are the refit's target.
         if method.refit:
             converted, error = refit_block(
                 new_config, converted, converted_x, source_x, method.seed + i, document_BT)

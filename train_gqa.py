@@ -1047,8 +1047,8 @@ def boolq(r, _label):
     """(prompt, answer) of a BoolQ record, with `answer` or, in SuperGLUE's spelling, `label`."""
     answer = r["answer"] if "answer" in r else r["label"]
     question = f"Question: {r['question']}?\n{choice_list(['true', 'false'])}"
-    said = "true" if str(answer).lower() in ("true", "1") else "false"
-    return f"{r['passage']}\n{question}\nAnswer:", said
+    text = "true" if str(answer).lower() in ("true", "1") else "false"
+    return f"{r['passage']}\n{question}\nAnswer:", text
 
 
 def piqa(r, label):
