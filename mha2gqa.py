@@ -40,7 +40,6 @@ A *unit* is one source KV head with the Q = H/K query heads that read it; a grou
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import gzip
@@ -68,7 +67,7 @@ from torch import Tensor, nn
 
 __version__ = "0.2.0"
 __all__ = [
-    "LlamaConfig", "Llama", "Block", "at_least_float32",
+    "LlamaConfig", "Llama", "Decoder", "Block", "Attention", "MLP", "RMSNorm", "at_least_float32",
     "BlockStatistics", "block_statistics", "value_gram", "key_gram",
     "procrustes", "rope_procrustes", "generalized_procrustes", "shared_keys", "shared_values",
     "head_similarity", "discarded_energy", "anneal_groups",
@@ -77,10 +76,10 @@ __all__ = [
     "Method", "ConvertedBlock", "converted_blocks", "refit_block", "learning_rate", "gqa_config",
     "embed", "read_block",
     "Corpus", "convert", "evaluate",
-    "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_weights",
-    "non_block_weights", "read_json", "write_json",
+    "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_prefix",
+    "block_weights", "non_block_weights", "read_json", "write_json",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
-    "kv_cache_bytes", "gigabytes", "peak_memory", "Stopwatch", "progress", "ArgumentParser",
+    "kv_cache_bytes", "gigabytes", "Meter", "progress", "ArgumentParser",
     "add_method_arguments", "method_of_arguments", "install_signal_handlers",
 ]
 
@@ -131,6 +130,12 @@ class LlamaConfig:
                              f"num_attention_heads {self.num_attention_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but RoPE needs an even one")
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The token that ends a text, if there is one; of several the first."""
+        eos = self.eos_token_id
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)[:1]
 
     @property
     def qkv_bias(self) -> bool:
@@ -240,6 +245,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.ffn_bias
@@ -252,6 +259,8 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """weight · x / √(mean x² + eps) (Zhang and Sennrich 2019)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.eps = config.rms_norm_eps
@@ -262,7 +271,7 @@ class RMSNorm(nn.Module):
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight · x / √(mean x² + eps) (Zhang and Sennrich 2019)."""
+    """`RMSNorm` of x, computed in float32 at least."""
     y = at_least_float32(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
@@ -435,13 +444,13 @@ def procrustes(a_NE: Tensor, b_NE: Tensor) -> Tensor:
 
 
 def rope_procrustes(a_NE: Tensor, b_NE: Tensor) -> Tensor:
-    """The same among the rotations that commute with RoPE, one angle α_p for each plane.
+    """The map that takes one matrix closest to another, of those that commute with RoPE.
 
         α_p = argmin Σ_n |exp(iα_p) a_p[n] − b_p[n]|²  =  arg Σ_n b_p[n] conj(a_p[n])
 
-    (eq. 14.) Plane p is the complex number of dimensions (p, p + E/2), as in Hugging Face
-    checkpoints. Returns q (E, E) for a q ≈ b. Raises ValueError unless a and b are matrices of one
-    shape with an even E.
+    These are rotations by one angle α_p in each plane (eq. 14). Plane p is the complex number of
+    dimensions (p, p + E/2), as in Hugging Face checkpoints. Returns q (E, E) for a q ≈ b. Raises
+    ValueError unless a and b are matrices of one shape with an even E.
 
     >>> a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
     >>> reflected = a * torch.tensor([1.0, -1.0])  # no rotation of the plane can undo it
@@ -528,7 +537,7 @@ def _rotate_head(gram: Tensor, maps: Tensor, i: int) -> tuple[Tensor, Tensor]:
     return rotated, ((rotated - maps)[..., i, :, :] * onto.conj()).sum((-1, -2)).real
 
 
-TINY = 1e-100  # added to energies, in float64, so that heads of zeros do not divide 0 by 0
+_TINY = 1e-100  # added to energies, in float64, so that heads of zeros do not divide 0 by 0
 
 
 def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -541,13 +550,13 @@ def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Ten
     ω_i is the power Σ |q_i|² of the queries that read head i: so an error in z_i is weighted by its
     effect on the scores, if errors and queries are independent.
     The solution (Eckart and Young 1936): with λ and u the leading eigenvalue and eigenvector of
-    √ω_i M_ij √ω_j,
+    √ω_i C_ij √ω_j,
 
         s = mean of c_i z_i,   c_i = M σ √ω_i conj(u_i),   a_i = u_i / (σ √ω_i)
 
-    It is a mean because that is what `merge` takes. Any σ will do; σ² = mean of M_ii / λ gives s
+    It is a mean because that is what `merge` takes. Any σ will do; σ² = mean of C_ii / λ gives s
     the mean power of the M heads, which keeps the weights near their size.
-    gram: (…, P, M, M), M_ij = Σ_n z_i conj(z_j). power: ω (…, M, P). Returns (maps c, inverse maps
+    gram: (…, P, M, M), C_ij = Σ_n z_i conj(z_j). power: ω (…, M, P). Returns (maps c, inverse maps
     a, kept): complex (…, M, P) twice, and the share (…) of the energy Σ ω_i |z_i|² that is kept.
 
     >>> z_N = torch.randn(50, dtype=torch.complex128)
@@ -559,15 +568,15 @@ def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     m = power_MP.shape[-2]
     # subtle: not 0, since a unit without queries would divide by it.
-    root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max() + TINY).sqrt()
+    root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max() + _TINY).sqrt()
     energy_PM, vector_PMM = torch.linalg.eigh(
         root_PM[..., :, None] * gram_PMM * root_PM[..., None, :])
     best_P, u_PM = energy_PM[..., -1], vector_PMM[..., -1]
     power_P = gram_PMM.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-    sigma_PM = (power_P.clamp(min=TINY) / best_P.clamp(min=TINY)).sqrt()[..., None]
+    sigma_PM = (power_P.clamp(min=_TINY) / best_P.clamp(min=_TINY)).sqrt()[..., None]
     maps_PM = m * sigma_PM * root_PM * u_PM.conj()
     inverses_PM = u_PM / (sigma_PM * root_PM)
-    kept = (best_P.sum(-1) + TINY) / (energy_PM.sum((-1, -2)) + TINY)
+    kept = (best_P.sum(-1) + _TINY) / (energy_PM.sum((-1, -2)) + _TINY)
     return maps_PM.mT, inverses_PM.mT, kept
 
 
@@ -601,10 +610,10 @@ def shared_values(gram_MMEE: Tensor, root_MEE: Tensor) -> tuple[Tensor, Tensor, 
     u_MEE = vector[..., -e:].unflatten(-2, (m, e))
     best, power = energy[..., -e:].sum(-1), gram_MMEE.diagonal(dim1=-4, dim2=-3)
     power = power.diagonal(dim1=-3, dim2=-2).sum((-1, -2)) / m
-    sigma = (power.clamp(min=TINY) / best.clamp(min=TINY)).sqrt()[..., None, None, None]
+    sigma = (power.clamp(min=_TINY) / best.clamp(min=_TINY)).sqrt()[..., None, None, None]
     maps_MEE = m * sigma * root_MEE @ u_MEE
     inverses_MEE = u_MEE.mT @ torch.linalg.inv(root_MEE) / sigma
-    kept = (best + TINY) / (energy.sum(-1) + TINY)
+    kept = (best + _TINY) / (energy.sum(-1) + _TINY)
     return maps_MEE, inverses_MEE, kept
 
 
@@ -669,7 +678,7 @@ def discarded_energy(statistics: BlockStatistics) -> Tensor:
         energy_of.append(torch.stack([keys.sum((0, 2)), values.sum(1)]))
     lost, energy = torch.cat(lost_of, dim=1), torch.cat(energy_of, dim=1).mean(1, keepdim=True)
     # subtle: if nothing is lost, what is left is rounding: a 1e-12th of the energy counts as none.
-    lost = (lost / lost.mean(1, keepdim=True).clamp(min=1e-12 * energy + TINY)).sum(0)
+    lost = (lost / lost.mean(1, keepdim=True).clamp(min=1e-12 * energy + _TINY)).sum(0)
     loss_KK = torch.zeros(k, k, dtype=torch.float64)
     loss_KK[pairs[:, 0], pairs[:, 1]] = lost
     return loss_KK + loss_KK.mT
@@ -862,7 +871,7 @@ def merge(weights: Weights, config: LlamaConfig, kv_heads: int) -> dict[str, Ten
 # student's logits are held to the teacher's. The conversion itself needs nothing of this.
 
 # The hard concrete distribution of Louizos et al. 2017: temperature β, stretched to (γ, ζ).
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+_BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
 
 
 def hard_concrete(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -879,13 +888,13 @@ def hard_concrete(log_alpha: Tensor, generator: torch.Generator | None = None) -
     s = torch.sigmoid(log_alpha)
     if generator is not None:
         u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device)
-        s = torch.sigmoid((torch.logit(u.to(log_alpha.dtype)) + log_alpha) / BETA)
-    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        s = torch.sigmoid((torch.logit(u.to(log_alpha.dtype)) + log_alpha) / _BETA)
+    return (s * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
     """P(z > 0) = σ(log α − β log(−γ/ζ)), of log_alpha's shape (Louizos et al. 2017, eq. 12)."""
-    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+    return torch.sigmoid(log_alpha - _BETA * math.log(-_GAMMA / _ZETA))
 
 
 def l0_loss(log_alpha: Tensor, target: float) -> Tensor:
@@ -1089,9 +1098,9 @@ def _align_groups(
 
 
 # The refit's constants were chosen by held-out loss and KL on two small models.
-REFIT_EPOCHS = 5  # passes over the calibration rows; ten take twice the time, and gain little
-REFIT_TOKENS = 1024  # per step; 2,048 were worse
-REFIT_RATE = 0.4  # how much a step at the highest rate changes the output, relative to it
+_REFIT_EPOCHS = 5  # passes over the calibration rows; ten take twice the time, and gain little
+_REFIT_TOKENS = 1024  # per step; 2,048 were worse
+_REFIT_RATE = 0.4  # how much a step at the highest rate changes the output, relative to it
 
 
 @torch.no_grad()
@@ -1112,10 +1121,10 @@ def refit_block(
         document = None if document_BT is None else document_BT[rows]
         return _relative_error(block, weights, x_BTD[rows], target_BTD[rows], document)
 
-    size = max(1, REFIT_TOKENS // x_BTD.shape[1])
+    size = max(1, _REFIT_TOKENS // x_BTD.shape[1])
     held_out, rows = torch.arange(len(x_BTD)).tensor_split([max(1, len(x_BTD) // 10)])
     generator = torch.Generator().manual_seed(seed)
-    batches = [batch for _ in range(REFIT_EPOCHS)
+    batches = [batch for _ in range(_REFIT_EPOCHS)
                for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
     fitted = _fit(weights, _refit_rates(weights), error, batches)
     before, after = (sum(len(part) * error(w, part).item() for part in held_out.split(size))
@@ -1138,14 +1147,14 @@ def _relative_error(block, weights, x_BTD, target_BTD, document_BT=None) -> Tens
 
 
 def _refit_rates(weights: Weights) -> dict[str, float]:
-    """Adam's learning rate for each weight: REFIT_RATE · rms(W) / √columns.
+    """Adam's learning rate for each weight: _REFIT_RATE · rms(W) / √columns.
 
     For an input of ±1 and a row of n entries: a step of Adam changes each by about the rate r. The
     changes have the signs of the input, so they add up, and the output changes by n r. The entries
     themselves have random signs, and add up to about √n rms(W). So at this rate the output changes
-    by the same share, REFIT_RATE, at any width.
+    by the same share, _REFIT_RATE, at any width.
     """
-    return {name: REFIT_RATE * (at_least_float32(w).square().mean() / w.shape[-1]).sqrt().item()
+    return {name: _REFIT_RATE * (at_least_float32(w).square().mean() / w.shape[-1]).sqrt().item()
             for name, w in weights.items()}
 
 
@@ -1259,7 +1268,6 @@ def convert(
     with new_checkpoint(out_dir, new_config, size, tokenizer_from=model_dir) as writer:
         x_BTD = embed(weights, rows, place, dtype)
         report |= _convert_and_measure(writer, config, weights, x_BTD, held_out, method)
-        report["peak_memory_bytes"] = peak_memory(place)
         write_json(writer.folder / "mha2gqa.json", report)
     return report
 
@@ -1271,34 +1279,35 @@ def _convert_and_measure(
     """Write the converted blocks, and run the held-out tokens through three models at once.
 
     x: the embedded calibration rows. Returns what was measured: the losses of the source, of its
-    mean-pooled and of its converted model, seconds by stage, and each block's report.
+    mean-pooled and of its converted model, seconds, memory, and each block's report.
     """
     non_block, new_config = non_block_weights(weights), writer.config
     _check_finite(non_block)
     kv_heads, n_layers = new_config.num_key_value_heads, config.num_hidden_layers
     source_x = embed(weights, held_out_BT, x_BTD.device, x_BTD.dtype)
     pooled_x, converted_x = source_x.clone(), source_x.clone()
-    watch, reports = Stopwatch(x_BTD.device), []
-    blocks = converted_blocks(config, weights, x_BTD, kv_heads, method, lap=watch.lap)
+    meter, reports = Meter(x_BTD.device), []
+    blocks = converted_blocks(config, weights, x_BTD, kv_heads, method, lap=meter.lap)
     for i, block in enumerate(progress(blocks, "blocks", n_layers)):
-        _check_finite(block.converted, f"converted {_block_prefix(i)}")
+        _check_finite(block.converted, f"converted {block_prefix(i)}")
         pooled = _as_dtypes_of(block.source, merge(block.source, config, kv_heads))
         _run_block_(config, block.source, source_x)
         _run_block_(new_config, pooled, pooled_x)
         _run_block_(new_config, block.converted, converted_x)
-        watch.lap("evaluate")
-        writer.write_shard({_block_prefix(i) + n: w for n, w in block.converted.items()})
-        watch.lap("write")
+        meter.lap("evaluate")
+        writer.write_shard({block_prefix(i) + n: w for n, w in block.converted.items()})
+        meter.lap("write")
         reports.append(block.report)
     streams = {"source": source_x, "mean_pooled": pooled_x, "converted": converted_x}
     losses = {name: _mean_loss(config, weights, x, held_out_BT) for name, x in streams.items()}
-    watch.lap("evaluate")
+    meter.lap("evaluate")
     writer.write_shard(non_block)
-    watch.lap("write")
+    meter.lap("write")
     means = {name: _mean([report[name] for report in reports])
              for name in reports[0] if name != "groups"}
     return {"loss_nats_per_token": losses, **means,
-            "seconds": {**watch.seconds, "total": sum(watch.seconds.values())}, "layers": reports}
+            "seconds": {**meter.seconds, "total": sum(meter.seconds.values())},
+            "peak_memory_bytes": meter.peak_memory, "layers": reports}
 
 
 @torch.no_grad()
@@ -1341,8 +1350,8 @@ def _mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
 # ---- 9 checkpoints -------------------------------------------------------------------------------
 
 # The block of these model types is LLaMA's. Qwen2 has biases on q, k and v by definition.
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+_MODEL_TYPES = ("llama", "mistral", "qwen2")
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -1365,15 +1374,15 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     layer_types = raw.get("layer_types") or []
     partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
     unsupported = {
-        f"model_type {kind!r} (supported: {', '.join(MODEL_TYPES)})": kind not in MODEL_TYPES,
+        f"model_type {kind!r} (supported: {', '.join(_MODEL_TYPES)})": kind not in _MODEL_TYPES,
         f"hidden_act {raw.get('hidden_act')!r} (supported: silu)":
             raw.get("hidden_act", "silu") != "silu",
         "quantised weights (quantization_config)": bool(raw.get("quantization_config")),
         "partial rotary embedding": partial != 1,
         "sliding window (a mistral model without one has sliding_window null)":
             window or any(t != "full_attention" for t in layer_types),
-        f"rope type {rope['rope_type']!r} (supported: {', '.join(ROPE_FIELDS)})":
-            rope["rope_type"] not in ROPE_FIELDS,
+        f"rope type {rope['rope_type']!r} (supported: {', '.join(_ROPE_FIELDS)})":
+            rope["rope_type"] not in _ROPE_FIELDS,
     }
     for name, found in unsupported.items():
         if found:
@@ -1414,14 +1423,16 @@ def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
     kind = rope["rope_type"]
     types = {f.name: f.type for f in dataclasses.fields(LlamaConfig)}
     fields = {name: raw[name] for name in types if name != "raw" and raw.get(name) is not None}
-    absent = [name for name in list(types)[:5] if name not in fields]
-    if absent := absent + [name for name in ROPE_FIELDS[kind] if name not in rope]:
-        raise ValueError(f"no {', '.join(absent)}")
-    for name, value in fields.items():
-        if types[name] in (int, float) and not (type(value) in (int, types[name]) and value > 0):
-            raise ValueError(f"{name} is {value!r}, expected a positive number")
     fields["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     fields["rope_scaling"] = None if kind == "default" else rope
+    numbers = fields | {name: rope.get(name) for name in _ROPE_FIELDS[kind]}
+    absent = [name for name in [*list(types)[:5], *_ROPE_FIELDS[kind]] if numbers.get(name) is None]
+    if absent:
+        raise ValueError(f"no {', '.join(absent)}")
+    for name, value in numbers.items():
+        wanted = types.get(name, float)
+        if wanted in (int, float) and not (type(value) in (int, wanted) and value > 0):
+            raise ValueError(f"{name} is {value!r}, expected a positive number")
     return LlamaConfig(**fields, raw=raw)
 
 
@@ -1531,14 +1542,14 @@ def _check_weights(config: LlamaConfig, weights: Weights) -> None:
                              f"{list(shape)} from config.json")
 
 
-def _block_prefix(i: int) -> str:
+def block_prefix(i: int) -> str:
     """What the names of block i's tensors begin with."""
     return f"model.layers.{i}."
 
 
 def block_weights(weights: Weights, i: int) -> dict[str, Tensor]:
     """The weights of block i, named as in `Block`."""
-    prefix = _block_prefix(i)
+    prefix = block_prefix(i)
     return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
 
 
@@ -1561,7 +1572,7 @@ def embed(weights: Weights, tokens_BT: Tensor, device, dtype: torch.dtype) -> Te
 def read_block(weights: Weights, i: int, device) -> dict[str, Tensor]:
     """Block i's weights on the device; raises ValueError if one is not finite."""
     block = {name: w.to(device) for name, w in block_weights(weights, i).items()}
-    _check_finite(block, _block_prefix(i))
+    _check_finite(block, block_prefix(i))
     return block
 
 
@@ -1592,7 +1603,7 @@ def save_checkpoint(
     size = _n_bytes(weights.values())
     with new_checkpoint(path, config, size, tokenizer_from) as writer:
         for i in range(config.num_hidden_layers):
-            prefix = _block_prefix(i)
+            prefix = block_prefix(i)
             writer.write_shard({n: w for n, w in weights.items() if n.startswith(prefix)})
         writer.write_shard(non_block_weights(weights))
 
@@ -1753,11 +1764,10 @@ def row_length(config: LlamaConfig, seq_len: int | None) -> int:
 
 
 def check_calibration_rows(rows_BT: Tensor, method: Method) -> None:
-    """Raise ValueError if there are too few rows: a refit needs one to train on, one held out."""
-    least = 2 if method.refit else 1
-    if len(rows_BT) < least:
-        raise ValueError(f"{least} rows of {rows_BT.shape[1]} tokens are needed to calibrate with, "
-                         f"found {len(rows_BT)}; more text, a smaller --seq-len, or --no-refit")
+    """Raise ValueError if a refit has not at least one row to train on, and one to hold out."""
+    if method.refit and len(rows_BT) < 2:
+        raise ValueError(f"2 rows of {rows_BT.shape[1]} tokens are needed to calibrate with, found "
+                         f"{len(rows_BT)}; more text, a smaller --seq-len, or --no-refit")
 
 
 def _read_documents(path: PathLike) -> list[str]:
@@ -1846,8 +1856,6 @@ def _pack_rows(
     At most `n_tokens` tokens; a last row that is not full is dropped. Raises ValueError for a token
     that the model does not have.
     """
-    eos = config.eos_token_id
-    end = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)[:1]
     documents = random.Random(seed).sample(documents, len(documents))
     ids, read = [np.zeros(0, np.int64)], 0
     while documents and read < n_tokens:
@@ -1857,7 +1865,7 @@ def _pack_rows(
             batch.append(documents.pop()[: 16 * n_tokens])
             size += len(batch[-1])
         for tokens in encode(batch):
-            ids.append(np.array(tokens + end, np.int64))
+            ids.append(np.array(tokens + config.eos_ids, np.int64))
             read += len(ids[-1])
     stream = np.concatenate(ids)[:n_tokens]
     if len(stream) and stream.max() >= config.vocab_size:
@@ -1874,7 +1882,7 @@ def _pack_rows(
 
 def kv_cache_bytes(config: LlamaConfig, weights: Weights) -> int:
     """Bytes of KV cache for each token of context, in the weights' dtype."""
-    itemsize = weights[_block_prefix(0) + "self_attn.k_proj.weight"].element_size()
+    itemsize = weights[block_prefix(0) + "self_attn.k_proj.weight"].element_size()
     heads = config.num_hidden_layers * config.num_key_value_heads
     return 2 * heads * config.head_dim * itemsize
 
@@ -1896,7 +1904,7 @@ def _memory_needed(
     forward = min(4096, n_rows) * (6 * d + 4 * inner) * size  # of at most 4,096 tokens at a time
     mapping = 3 * attention * 8  # float64 copies of attention's weights
     # Old and new weights, gradients and moments, and what the backward of a step needs.
-    step = min(max(REFIT_TOKENS, rows.shape[1]), n_rows) * (8 * d + 3 * (q + 2 * kv) + 5 * inner)
+    step = min(max(_REFIT_TOKENS, rows.shape[1]), n_rows) * (8 * d + 3 * (q + 2 * kv) + 5 * inner)
     refit = 4 * (5 * (attention + mlp) + step) if method.refit else 0
     block = 2 * (attention + mlp) * size + 4 * kv * kv * 8 + max(forward, mapping, refit)
     head = config.vocab_size * (d * size + 3 * 1024 * 4)  # and logits of 1,024 tokens
@@ -1921,29 +1929,29 @@ def gigabytes(n_bytes: float) -> str:
     return np.format_float_positional(float(f"{n_bytes / 1e9:.2g}"), trim="-") + " GB"
 
 
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """{"host": bytes, "cuda": bytes}, this process's peaks so far.
+class Meter:
+    """Seconds by stage, and the peaks of memory: `lap(stage)` ends a stage and begins the next one.
 
-    host: the system's high-water mark without pages of mapped files, such as the weights, which it
-    can drop at any time; 0 where /proc does not tell. cuda: the allocator's own peak.
+    peak_memory: {"host": bytes, "cuda": bytes}. host is anonymous memory: the system's high-water
+    mark less the pages of mapped files, such as the weights, which it can drop at any time; 0 where
+    /proc does not tell. cuda is the allocator's own peak.
     """
-    status = Path("/proc/self/status")
-    kilobytes = re.findall(r"(\w+):\s+(\d+) kB", status.read_text() if status.exists() else "")
-    size = collections.defaultdict(int, ((name, 1024 * int(n)) for name, n in kilobytes))
-    return {"host": size["VmHWM"] - size["RssFile"],
-            "cuda": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
-
-
-class Stopwatch:
-    """Seconds by stage: `lap(stage)` adds the time since the last lap to that stage."""
 
     def __init__(self, device: torch.device, seconds: Mapping[str, float] | None = None):
         self.device, self.seconds, self.last = device, dict(seconds or {}), time.perf_counter()
+        self.peak_memory = {"host": 0, "cuda": 0}
 
     def lap(self, stage: str) -> None:
-        """End a stage, and begin the next one."""
+        """Add the time since the last lap to the stage, and look at the memory."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+            self.peak_memory["cuda"] = torch.cuda.max_memory_allocated(self.device)
+        # subtle: pages that are mapped after the mark was set count against it: so at every lap.
+        status = Path("/proc/self/status")
+        kilobytes = re.findall(r"(\w+):\s+(\d+) kB", status.read_text() if status.exists() else "")
+        size = {"VmHWM": 0, "RssFile": 0} | {name: 1024 * int(n) for name, n in kilobytes}
+        host = size["VmHWM"] - size["RssFile"]
+        self.peak_memory["host"] = max(self.peak_memory["host"], host)
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
         self.last = now

@@ -6,12 +6,13 @@
 
 The program around mha2gqa.py, after Jin et al. 2024 (arXiv 2412.20677). The teacher is the source
 fine-tuned on the tasks, or the source itself. The student starts as the converted model, and KL and
-BiLD pull its logits to the teacher's. Or, the paper's way (--align rotation), the student starts as
-the source with its heads rotated, and hard-concrete masks let its key and value heads fade into the
-new shared ones.
+BiLD pull its logits to the teacher's. Or, the paper's way (--align rotation, no refit), the student
+starts as the source with its heads rotated, and hard-concrete masks let its key and value heads
+fade into the new shared ones.
 
-Every batch and every mask is a pure function of (seed, step). So the result depends neither on the
-number of processes nor on where a run was interrupted, and there is no loader state to save.
+Every batch, and the random numbers of the masks, are pure functions of (seed, step). So the result
+depends, up to rounding, neither on the number of processes nor on where a run was interrupted, and
+there is no loader state to save.
 
      1  batches      packed rows of tokens, and which losses each prediction enters
      2  processes    what ranks do together
@@ -348,7 +349,7 @@ def save_model(
         writer = stack.enter_context(mha2gqa.new_checkpoint(
             path, config, size, source.path)) if is_rank_0() else None
         for i in range(config.num_hidden_layers + 1):
-            prefix = f"model.layers.{i}."
+            prefix = mha2gqa.block_prefix(i)
             part = {name: p for name, p in named.items() if name.startswith(prefix)}
             part = part or mha2gqa.non_block_weights(named)
             full = {name: gathered(p).to("cpu", dtypes[name]) for name, p in part.items()}
@@ -768,6 +769,12 @@ class Arguments:
         """Whether the source is the teacher, without fine-tuning."""
         return not (self.teacher or self.tasks and self.sft_epochs)
 
+    @property
+    def corpus(self) -> mha2gqa.Corpus:
+        """The text: so many tokens that the held-out rows are the same for any number of steps."""
+        tokens = max(655_360, self.steps * self.batch_tokens) + 65_536 if self.steps else 10**9
+        return mha2gqa.Corpus(self.text, self.eval_text, tokens, self.seq_len)
+
     def to_json(self) -> dict[str, Any]:
         """All that must not change from one session of a run to the next."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -784,11 +791,11 @@ class Report:
     """
 
     def __init__(self, args: Arguments, device: torch.device):
-        self.file, self.device = args.out / "report.json", device
+        self.file = args.out / "report.json"
         self.content: dict[str, Any] = broadcast_from_rank_0(raise_on_all_ranks(
             lambda: self.read(args) if is_rank_0() else None))
         self.scores = self.content["scores"]
-        self.watch = mha2gqa.Stopwatch(device, self.content["seconds"])
+        self.meter = mha2gqa.Meter(device, self.content["seconds"])
 
     def read(self, args: Arguments) -> dict[str, Any]:
         out, arguments = args.out, args.to_json()
@@ -808,8 +815,8 @@ class Report:
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
-        self.content["seconds"] = self.watch.seconds
-        self.content["peak_memory_bytes"] = mha2gqa.peak_memory(self.device)
+        self.content["seconds"] = self.meter.seconds
+        self.content["peak_memory_bytes"] = self.meter.peak_memory
         if is_rank_0():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             new = self.file.with_name(".report.json")
@@ -823,7 +830,7 @@ class Report:
         """Evaluate a model, unless an interrupted session has done so, and write the report."""
         if name not in self.scores:
             self.scores[name] = evaluate_model(model(), teacher, data, name)
-            self.watch.lap("evaluate")
+            self.meter.lap("evaluate")
             self.write()
             free_memory()
 
@@ -859,23 +866,19 @@ def make_schedule(
 
 
 def text_split(
-    args: Arguments, model_dir: str | Path, config: mha2gqa.LlamaConfig
+    model_dir: str | Path, config: mha2gqa.LlamaConfig, corpus: mha2gqa.Corpus, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """(rows to train on, rows held out) of --text, these of --eval-text if there is one."""
-    # Enough that the held-out rows are the same for every number of steps.
-    steps = args.steps
-    tokens = max(655_360, steps * args.batch_tokens) + 65_536 if steps else 10**9
-    corpus = mha2gqa.Corpus(args.text, args.eval_text, tokens, args.seq_len)
+    """`mha2gqa.text_rows` without its warning: a short text is read again, in epochs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a short text is read again: epochs
-        return mha2gqa.text_rows(model_dir, config, corpus, args.method.seed)
+        warnings.simplefilter("ignore")
+        return mha2gqa.text_rows(model_dir, config, corpus, seed)
 
 
 def load_data(args: Arguments, config: mha2gqa.LlamaConfig) -> Data:
     """Text, or tasks, or both (then the rows of both, and text to evaluate on)."""
     train, held_out, dev, seed = [], None, {}, args.method.seed
     if args.text:
-        rows_RT, kept_RT = text_split(args, args.model, config)
+        rows_RT, kept_RT = text_split(args.model, config, args.corpus, seed)
         train, held_out = [text_batch(rows_RT)], text_batch(kept_RT)
         print_rank_0(f"text: {rows_RT.numel():,} tokens to train on, {kept_RT.numel():,} held out")
     if args.tasks:
@@ -911,7 +914,9 @@ def read_input(args: Arguments, device: torch.device) -> tuple[Checkpoint, Data,
         meta_model(new_config) if args.no_masks else meta_model(config, args.kv_heads),
         meta_model(config)))
     if not (args.out / "report.json").exists():
-        check_disk(args, schedule.steps, student)
+        # Two checkpoints and one being written, of weights and moments; teacher and result.
+        kept = 3 * 12 if 0 < args.save_every < schedule.steps else 0
+        check_disk(args.out, (kept + 8) * student)
     n = dist.get_world_size()
     memory = (16 * student + compute_dtype(device).itemsize * teacher) / n
     print_rank_0(
@@ -924,14 +929,13 @@ def read_input(args: Arguments, device: torch.device) -> tuple[Checkpoint, Data,
     return source, data, schedule
 
 
-def check_disk(args: Arguments, steps: int, n_parameters: int) -> None:
-    """Raise ValueError unless the disk can hold the checkpoints and models of a run."""
-    kept = 3 * 12 if 0 < args.save_every < steps else 0  # two checkpoints, and one being written
-    disk = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
-    needed, free = (kept + 8) * n_parameters, shutil.disk_usage(disk).free
+def check_disk(out: Path, needed: int) -> None:
+    """Raise ValueError unless so many bytes are free where OUT is, or will be."""
+    disk = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
     if free < needed:
-        raise ValueError(f"{args.out}: checkpoints and models need {needed:,} bytes, {free:,} are "
-                         "free on the disk")
+        raise ValueError(f"{out}: checkpoints and models need {needed:,} bytes, {free:,} are free "
+                         "on the disk")
 
 
 def open_teacher(path: str | Path, config: mha2gqa.LlamaConfig) -> Checkpoint:
@@ -963,24 +967,27 @@ def fine_tuned_teacher(
 
 @torch.no_grad()
 def student_blocks(
-    args: Arguments, source: Checkpoint, data: TokenBatch, device: torch.device
+    source: Checkpoint, rows: TokenBatch, kv_heads: int, method: mha2gqa.Method, fading: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """The converted blocks; with masks the rotated blocks with the new KV heads beside the old."""
-    rows = data[: max(2, args.calibration_tokens // data.tokens.shape[1])].to(device)
-    x_BTD = mha2gqa.embed(source.weights, rows.tokens, device, torch.float32)
+    """The converted blocks; if `fading` the rotated blocks with the new KV heads beside the old.
+
+    rows: to calibrate with, on the device that computes.
+    """
+    x_BTD = mha2gqa.embed(source.weights, rows.tokens, rows.tokens.device, torch.float32)
     blocks = mha2gqa.converted_blocks(
-        source.config, source.weights, x_BTD, args.kv_heads, args.method, rows.document)
+        source.config, source.weights, x_BTD, kv_heads, method, rows.document)
     for block in progress(blocks, "convert", source.config.num_hidden_layers):
         new = {name.replace("_proj.", "_proj.new."): w for name, w in block.converted.items()
                if "k_proj" in name or "v_proj" in name}
-        yield block.converted if args.no_masks else block.aligned | new
+        yield block.aligned | new if fading else block.converted
 
 
 def run_stages(
-    args: Arguments, source: Checkpoint, data: Data, schedule: Schedule, report: Report
+    args: Arguments, source: Checkpoint, data: Data, schedule: Schedule, report: Report,
+    device: torch.device
 ) -> None:
     """The whole run; the result is OUT/gqa, what was measured stands in the report."""
-    device, config = report.device, source.config
+    config = source.config
     new_config = mha2gqa.gqa_config(config, args.kv_heads)
     non_block = mha2gqa.non_block_weights(source.weights)
     report.content["kv_cache_bytes_per_token"] = {
@@ -992,7 +999,7 @@ def run_stages(
         tuned = open_teacher(args.teacher, config)
     else:
         tuned = fine_tuned_teacher(args, source, data.train, device)
-        report.watch.lap("fine-tune")
+        report.meter.lap("fine-tune")
     teacher = frozen_checkpoint(tuned, device)
     report.score("source", data, teacher, lambda: frozen_checkpoint(source, device))
     if not args.source_teaches:
@@ -1007,15 +1014,18 @@ def run_stages(
         masks = None if args.no_masks else Masks(
             student, schedule.steps, schedule.mask_lr, schedule.seed)
         if not broadcast_from_rank_0(checkpoints(checkpoints_folder)):
-            load_sharded(student, student_blocks(args, source, data.train, device), non_block)
+            n_rows = max(2, args.calibration_tokens // data.train.tokens.shape[1])
+            blocks = student_blocks(source, data.train[:n_rows].to(device), args.kv_heads,
+                                    args.method, fading=not args.no_masks)
+            load_sharded(student, blocks, non_block)
             if masks:
                 masks.hold(0.0, device)
-            report.watch.lap("convert")
+            report.meter.lap("convert")
             report.score("converted", data, teacher, lambda: student)
         train(student, data.train, distillation(teacher), schedule, checkpoints_folder, masks)
-        report.watch.lap("distill")
+        report.meter.lap("distill")
         save_model(result, student, new_config, source)
-        report.watch.lap("write")
+        report.meter.lap("write")
         del student, masks
         free_memory()
     report.score("distilled", data, teacher,
@@ -1134,13 +1144,11 @@ Example = tuple[list[int], int]  # (token ids with EOS, length of the prompt)
 
 
 def encode_examples(
-    examples: Sequence[tuple[str, str]], encode: Callable, eos: int | Sequence[int] | None,
-    seq_len: int
+    examples: Sequence[tuple[str, str]], encode: Callable, end: list[int], seq_len: int
 ) -> tuple[list[Example], int]:
-    """(the examples, number of prompts that were truncated on the left)."""
+    """(the examples, each closed by `end`; number of prompts that were truncated on the left)."""
     prompts = encode([prompt.strip() for prompt, _ in examples])
     wholes = encode([f"{prompt.strip()} {answer.strip()}" for prompt, answer in examples])
-    end = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)[:1]
     coded, cut = [], 0
     for prompt, whole in zip(prompts, wholes, strict=True):
         ids = whole + end
@@ -1190,7 +1198,7 @@ def encoded_tasks(
     for task in found:
         for is_dev in (False, True):
             examples = read_task(folder, task, is_dev)[: args.task_limit]
-            yield task, is_dev, *encode_examples(examples, encode, config.eos_token_id, seq_len)
+            yield task, is_dev, *encode_examples(examples, encode, config.eos_ids, seq_len)
 
 
 # ---- 10 the demo, command line -------------------------------------------------------------------
@@ -1199,7 +1207,7 @@ def encoded_tasks(
 DEMO = Path("mha2gqa-demo")
 
 
-def make_demo_source(args: Arguments, device: torch.device) -> None:
+def make_demo_source(corpus: mha2gqa.Corpus, device: torch.device) -> None:
     """A small MHA LLaMA with a BPE tokenizer, trained a little on Python's own documentation, the
     demo's held-out rows excepted."""
     from pydoc_data.topics import topics
@@ -1211,7 +1219,7 @@ def make_demo_source(args: Arguments, device: torch.device) -> None:
     dist.barrier()
     config = mha2gqa.LlamaConfig(1024, 128, 344, 4, 8, max_position_embeddings=128,
                                  tie_word_embeddings=True, bos_token_id=0, eos_token_id=1)
-    rows, _ = text_split(args, DEMO / "tokenizer", config)
+    rows, _ = text_split(DEMO / "tokenizer", config, corpus, seed=0)
     torch.manual_seed(0)
     weights = {name: torch.ones(p.shape) if p.ndim == 1 else 0.04 * torch.randn(p.shape)
                for name, p in meta_model(config).named_parameters()}
@@ -1316,12 +1324,12 @@ def run(args: Arguments, device: torch.device) -> None:
     if "distilled" not in report.scores:
         if args is DEMO_ARGUMENTS and not broadcast_from_rank_0((args.out / "source").exists()):
             report.write()
-            make_demo_source(args, device)
-            report.watch.lap("make the source")
+            make_demo_source(args.corpus, device)
+            report.meter.lap("make the source")
         source, data, schedule = raise_on_all_ranks(lambda: read_input(args, device))
-        report.watch.lap("read")
+        report.meter.lap("read")
         report.write()
-        run_stages(args, source, data, schedule, report)
+        run_stages(args, source, data, schedule, report, device)
     print_report(report)
 
 
