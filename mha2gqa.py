@@ -73,7 +73,7 @@ __all__ = [
     "head_similarity", "discarded_energy", "anneal_groups",
     "HeadMaps", "transform", "merge",
     "hard_concrete", "open_probability", "l0_loss", "kl_loss", "bild_loss",
-    "Method", "ConvertedBlock", "converted_blocks", "refit_block", "learning_rate", "gqa_config",
+    "Method", "ConvertedBlock", "converted_blocks", "refit_block", "lr_factor", "gqa_config",
     "embed", "read_block",
     "Corpus", "convert", "evaluate",
     "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_prefix",
@@ -677,7 +677,7 @@ def discarded_energy(statistics: BlockStatistics) -> Tensor:
         lost_of.append(torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)]))
         energy_of.append(torch.stack([keys.sum((0, 2)), values.sum(1)]))
     lost, energy = torch.cat(lost_of, dim=1), torch.cat(energy_of, dim=1).mean(1, keepdim=True)
-    # subtle: if nothing is lost, what is left is rounding: a 1e-12th of the energy counts as none.
+    # subtle: losses below a 1e-12th of the energy are rounding, and count as none.
     lost = (lost / lost.mean(1, keepdim=True).clamp(min=1e-12 * energy + _TINY)).sum(0)
     loss_KK = torch.zeros(k, k, dtype=torch.float64)
     loss_KK[pairs[:, 0], pairs[:, 1]] = lost
@@ -1171,7 +1171,7 @@ def _fit(
         with torch.enable_grad():
             loss(new, batch).backward()
         for group in adam.param_groups:
-            group["lr"] = rates[group["name"]] * learning_rate(step, len(batches))
+            group["lr"] = rates[group["name"]] * lr_factor(step, len(batches))
         adam.step()
         adam.zero_grad()
     return _as_dtypes_of(weights, {name: w.detach() for name, w in new.items()})
@@ -1182,7 +1182,7 @@ def _as_dtypes_of(like: Weights, weights: Weights) -> dict[str, Tensor]:
     return {name: w.to(like[name].dtype) for name, w in weights.items()}
 
 
-def learning_rate(step: int, steps: int) -> float:
+def lr_factor(step: int, steps: int) -> float:
     """Share of the highest rate: up from 0 over 32 steps (or a tenth of all), a cosine down to 0.
 
     0 at step 0: if the student is still its teacher, the first gradient is only rounding error,
@@ -1366,7 +1366,7 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    """Raise ValueError with the name of what LLaMA's block, or this file's, does not compute."""
+    """Raise ValueError that names the first thing that this file's model does not compute."""
     kind, rope = raw.get("model_type"), _rope_parameters(raw)
     # subtle: a mistral config without the key has a window of 4096 in transformers.
     window = {"mistral": raw.get("sliding_window", 4096) is not None,
@@ -1403,7 +1403,7 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
     raw = read_json(folder / "config.json")
     try:
         config = _parse_config(raw)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: of values' types
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     weights: dict[str, Tensor] = {}
     for file in _weight_files(folder):
@@ -1729,7 +1729,7 @@ def text_rows(
     """
     seq_len, tokens = row_length(config, corpus.seq_len), corpus.tokens
     files, eval_files = _paths(corpus.files), _paths(corpus.eval_files)
-    if tokens < 2 * seq_len:
+    if files and tokens < 2 * seq_len:
         raise ValueError(f"{tokens} tokens: expected at least two rows of {seq_len}")
     encode = load_tokenizer(model_dir)
 
@@ -1750,7 +1750,7 @@ def text_rows(
         warnings.warn(f"{found}, not the {tokens:,} asked for: using those", stacklevel=2)
     if held_out is None:
         n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
-        held_out, calibration = calibration[:n], calibration[n:]  # the first: more tokens keep them
+        held_out, calibration = calibration[:n], calibration[n:]  # they stay if more is read
     return calibration, held_out
 
 

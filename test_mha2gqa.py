@@ -881,6 +881,7 @@ def test_refit_brings_a_block_back(dtype, longest):
     assert same_weights(found, again)
 
 
+@pytest.mark.slow
 def test_refit_lets_a_block_stay():
     """One that is right on the held-out rows, whatever the others say; one of zeros."""
     config = config_of()
@@ -1540,6 +1541,7 @@ BROKEN = {
     "rope without factor": (edit_config(rope_scaling={"type": "linear"}), "config.json: no factor"),
     "rope with factor 0": (edit_config(rope_scaling={"type": "linear", "factor": 0}),
                            "config.json: factor is 0, expected a positive number"),
+    "rope of another type": (edit_config(rope_scaling={"rope_type": ["a"]}), "config.json: "),
     "nested theta": (edit_config(rope_parameters={"rope_theta": "x"}), "rope_theta is 'x', expect"),
     "no size": (edit_config(vocab_size=None), "config.json: no vocab_size"),
     "a size as text": (edit_config(hidden_size="48"), "hidden_size is '48', expected a positive"),
@@ -1982,6 +1984,7 @@ BAD_TRAINING = {
     "rows too long": (["--seq-len", "65"], "sequence length 65: expected 2 to 64"),
     "no steps": (["--steps", "0"], "--steps 0: expected more than 0"),
     "a negative rate": (["--lr", "-1"], "--lr -1.0: expected more than 0"),
+    "no rate": (["--lr", "nan"], "--lr nan: expected more than 0"),
     "a negative seed": (["--seed", "-1"], "--seed -1: expected 0 or more"),
     "an option misspelled": (["--modell", "x"], "unrecognized arguments: --modell x"),
     "a way misspelled": (["--align", "lineer"], "argument --align: invalid choice: 'lineer'"),
@@ -2085,14 +2088,14 @@ def test_losses_in_chunks_are_the_losses_at_once(alone):
     student, wanted = F.linear(hidden, head), logits_of(config, weights, tokens)
     kl = m.kl_loss(student, wanted)[bits & 1 > 0].sum()
     bild = m.bild_loss(student, wanted)[bits & 2 > 0].sum()
-    found = train_gqa.distillation(teacher).readout(batch)(hidden, head)
+    found = train_gqa.distillation(teacher).make_readout(batch)(hidden, head)
     assert torch.allclose(found, torch.stack([kl, bild]), rtol=1e-5)
     pairs = zip(torch.autograd.grad(found.sum(), (hidden, head)),
                 torch.autograd.grad(kl + bild, (hidden, head)), strict=True)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
     nats = F.cross_entropy(student[0, :-1], tokens[0, 1:], reduction="none")
     bits[0, -1] = 0
-    found = train_gqa.cross_entropy().readout(batch)(hidden, head)
+    found = train_gqa.cross_entropy().make_readout(batch)(hidden, head)
     assert torch.allclose(found, nats[bits[0, :-1] & 2 > 0].sum()[None], rtol=1e-5)
 
 

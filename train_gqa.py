@@ -129,7 +129,10 @@ def batch_of_step(data: TokenBatch, step: int, n_rows: int, seed: int) -> TokenB
 def micro_batches(
     batch: TokenBatch, device: torch.device, tokens: int = 8192
 ) -> Iterator[TokenBatch]:
-    """This rank's rows of a batch, a few at a time; all ranks get the same number of batches."""
+    """This rank's rows of a batch, a few at a time.
+
+    All ranks get the same number of batches if their number divides the rows.
+    """
     mine = batch[dist.get_rank() :: dist.get_world_size()]
     size = max(1, tokens // batch.tokens.shape[1])
     for i in range(0, len(mine), size):
@@ -182,8 +185,8 @@ def broadcast_from_rank_0(value):
 
 
 def raise_on_all_ranks(function: Callable):
-    """What the function returns on this rank; the ValueError or OSError of any rank is raised on
-    all of them, so that none waits for another that has ended."""
+    """What the function returns on this rank; or a ValueError if it raises ValueError or OSError on
+    any rank, so that none waits for another that has ended."""
     found, error = None, None
     try:
         found = function()
@@ -338,7 +341,7 @@ def save_model(
 ) -> None:
     """Write the model to `path`, with the source's dtypes and tokenizer.
 
-    One block at a time comes to rank 0. Of a `FadingLinear` only the new heads are written.
+    Rank 0 gathers one block at a time. Of a `FadingLinear` only the new heads are written.
     """
     named: dict[str, Tensor] = dict(model.named_parameters())
     replaced = {name.replace(".new.", ".") for name in named if ".new." in name}
@@ -373,12 +376,12 @@ Readout = Callable[[Tensor, Tensor], Tensor]  # (hidden_BTD, head_VD) -> the for
 class Objective:
     """What a training minimises, as a sum of parts.
 
-    parts: name -> bit of the predictions that this part is averaged over. readout: makes of a batch
-    the `readout` of `Llama.forward`, which returns the parts' sums over the batch, (parts,).
+    parts: name -> bit of the predictions that this part is averaged over. make_readout: gives for a
+    batch the `readout` of `Llama.forward`, which returns the parts' sums over the batch, (parts,).
     """
 
     parts: Mapping[str, int]
-    readout: Callable[[TokenBatch], Readout]
+    make_readout: Callable[[TokenBatch], Readout]
 
 
 def in_chunks(function: Callable, hidden_ND: Tensor, head_VD: Tensor, *others: Tensor) -> Tensor:
@@ -398,12 +401,12 @@ def cross_entropy() -> Objective:
         logits = mha2gqa.at_least_float32(F.linear(hidden_ND, head_VD))
         return F.cross_entropy(logits, target_N, reduction="sum")[None]
 
-    def readout(batch: TokenBatch) -> Readout:
+    def make_readout(batch: TokenBatch) -> Readout:
         at = batch.loss_bits & ANSWER > 0
         target = batch.tokens.roll(-1, dims=1)[at]
         return lambda hidden, head: in_chunks(of_chunk, hidden[at], head, target)
 
-    return Objective({"cross_entropy": ANSWER}, readout)
+    return Objective({"cross_entropy": ANSWER}, make_readout)
 
 
 def distillation(teacher: mha2gqa.Llama) -> Objective:
@@ -417,14 +420,14 @@ def distillation(teacher: mha2gqa.Llama) -> Objective:
         bild = mha2gqa.bild_loss(student, target)[bits_N & ANSWER > 0].sum()
         return torch.stack([kl, bild])
 
-    def readout(batch: TokenBatch) -> Readout:
+    def make_readout(batch: TokenBatch) -> Readout:
         at = batch.loss_bits > 0
         with torch.no_grad():
             teacher_ND = teacher(batch.tokens, batch.document, lambda hidden, _: hidden)[at]
         return lambda hidden, head: in_chunks(
             of_chunk, hidden[at], head, teacher_ND, batch.loss_bits[at])
 
-    return Objective({"kl": KL, "bild": ANSWER}, readout)
+    return Objective({"kl": KL, "bild": ANSWER}, make_readout)
 
 
 # ---- 5 masks -------------------------------------------------------------------------------------
@@ -445,7 +448,7 @@ class Masks:
         self.log_alpha = torch.full((len(self.layers), kv_heads), 3.0, requires_grad=True)
         self.optimizer = torch.optim.Adam([self.log_alpha], lr=lr, betas=(0.9, 0.95))
         self.steps, self.seed, self.lr = steps, seed, lr
-        self.drawn: Tensor | None = None  # what a gradient can go through
+        self.drawn: Tensor | None = None  # the sampled masks, differentiable
 
     def target(self, step: int) -> float:
         return max(0.0, 1 - step / (0.3 * self.steps))
@@ -453,9 +456,9 @@ class Masks:
     def hold(self, z: float, device) -> None:
         """Set every z to the same value."""
         self.drawn = None
-        self.apply(torch.full_like(self.log_alpha, z), device)
+        self.set_z(torch.full_like(self.log_alpha, z), device)
 
-    def apply(self, z_LK: Tensor, device) -> None:
+    def set_z(self, z_LK: Tensor, device) -> None:
         """Give every projection its z; the backward passes then leave a gradient in `self.z_LK`."""
         self.z_LK = z_LK.detach().to(device).requires_grad_()
         for z_K, projections in zip(self.z_LK, self.layers, strict=True):
@@ -472,7 +475,7 @@ class Masks:
                 self.log_alpha += shift_to(self.log_alpha, self.target(step))
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
             self.drawn = mha2gqa.hard_concrete(self.log_alpha, generator)
-            self.apply(self.drawn, device)
+            self.set_z(self.drawn, device)
             opened = mha2gqa.open_probability(self.log_alpha.detach())
         return {"mask_mean": opened.mean().item(), "mask_target": self.target(step),
                 "mask_layers": [round(x, 4) for x in opened.mean(1).tolist()],
@@ -540,13 +543,13 @@ def train(
             losses = backward(model, batch, objective)
             norm = gathered(nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
             if not math.isfinite(losses.sum().item() + norm):
-                if is_rank_0():  # it holds the weights that gave this loss
+                if is_rank_0():  # that checkpoint's weights gave this loss
                     shutil.rmtree(folder / f"step_{step}", ignore_errors=True)
                 raise FloatingPointError(
                     f"{name}, step {step}: the loss is {losses.sum().item()}, its gradient's norm "
                     f"{norm}; earlier checkpoints stay in {folder}; a new --out with a lower --lr "
                     "may do")
-            lr = schedule.lr * mha2gqa.learning_rate(step, steps)
+            lr = schedule.lr * mha2gqa.lr_factor(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
@@ -573,7 +576,7 @@ def backward(model: mha2gqa.Llama, batch: TokenBatch, objective: Objective) -> T
     counts = [max(1, int((batch.loss_bits & bit > 0).sum())) for bit in objective.parts.values()]
     count, total = torch.tensor(counts, device=device), torch.zeros(len(counts), device=device)
     for micro in micro_batches(batch, device):
-        losses = model(micro.tokens, micro.document, objective.readout(micro)) / count
+        losses = model(micro.tokens, micro.document, objective.make_readout(micro)) / count
         (losses.sum() * dist.get_world_size()).backward()  # FSDP averages over ranks
         total += losses.detach()
     total = total.cpu()
@@ -594,7 +597,7 @@ def drop_metrics_from(file: Path, stage: str, first: int) -> None:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM in the with block; the function given says whether any process got one."""
+    """Catch SIGTERM in the with block; yields a function that tells whether any rank got one."""
     seen = torch.zeros(1)
     before = signal.signal(signal.SIGTERM, lambda *_: seen.fill_(1))
 
@@ -685,7 +688,7 @@ def held_out_loss(
     """The loss and the KL to the teacher on held-out text, in nats/token over all predictions."""
     objectives, total = (cross_entropy(), distillation(teacher)), torch.zeros(3).double()
     for micro in eval_batches(data, next(model.parameters()).device, name):
-        readouts = [objective.readout(micro) for objective in objectives]
+        readouts = [objective.make_readout(micro) for objective in objectives]
         total += model(micro.tokens, micro.document, lambda hidden, head, readouts=readouts:
                        torch.cat([readout(hidden, head) for readout in readouts])).cpu()
     dist.all_reduce(total)
@@ -874,17 +877,19 @@ def text_split(
         return mha2gqa.text_rows(model_dir, config, corpus, seed)
 
 
-def load_data(args: Arguments, config: mha2gqa.LlamaConfig) -> Data:
+def load_data(args: Arguments, source: Checkpoint) -> Data:
     """Text, or tasks, or both (then the rows of both, and text to evaluate on)."""
     train, held_out, dev, seed = [], None, {}, args.method.seed
+    config = source.config
     if args.text:
-        rows_RT, kept_RT = text_split(args.model, config, args.corpus, seed)
+        rows_RT, kept_RT = text_split(source.path, config, args.corpus, seed)
         train, held_out = [text_batch(rows_RT)], text_batch(kept_RT)
         print_rank_0(f"text: {rows_RT.numel():,} tokens to train on, {kept_RT.numel():,} held out")
     if args.tasks:
         seq_len = mha2gqa.row_length(config, args.seq_len)
         examples = []
-        for task, is_dev, found, n_cut in encoded_tasks(args, config, seq_len):
+        for task, is_dev, found, n_cut in encoded_tasks(
+                Path(args.tasks), source, seq_len, args.task_limit):
             print_rank_0(f"{task} {'dev' if is_dev else 'train'}: {len(found):,} examples, "
                          f"{sum(len(ids) for ids, _ in found):,} tokens, {n_cut} prompts cut")
             if is_dev:
@@ -907,7 +912,7 @@ def read_input(args: Arguments, device: torch.device) -> tuple[Checkpoint, Data,
     config, new_config = source.config, mha2gqa.gqa_config(source.config, args.kv_heads)
     if args.teacher:
         open_teacher(args.teacher, config)
-    data = load_data(args, config)
+    data = load_data(args, source)
     mha2gqa.check_calibration_rows(data.train.tokens, args.method)
     schedule = make_schedule(args, "distill", config, data.train)
     student, teacher = (sum(p.numel() for p in model.parameters()) for model in (
@@ -986,7 +991,7 @@ def run_stages(
     args: Arguments, source: Checkpoint, data: Data, schedule: Schedule, report: Report,
     device: torch.device
 ) -> None:
-    """The whole run; the result is OUT/gqa, what was measured stands in the report."""
+    """The whole run; the result is OUT/gqa, measurements go into the report."""
     config = source.config
     new_config = mha2gqa.gqa_config(config, args.kv_heads)
     non_block = mha2gqa.non_block_weights(source.weights)
@@ -1188,17 +1193,17 @@ def pack_examples(examples: Sequence[Example], seq_len: int, seed: int) -> Token
 
 
 def encoded_tasks(
-    args: Arguments, config: mha2gqa.LlamaConfig, seq_len: int
+    folder: Path, source: Checkpoint, seq_len: int, limit: int | None
 ) -> Iterator[tuple[str, bool, list[Example], int]]:
-    """(task, is it the dev file, its examples, how many prompts were cut) of --tasks."""
-    folder, encode = Path(args.tasks or ""), mha2gqa.load_tokenizer(args.model)
+    """(task, is it the dev file, its examples, how many prompts were cut) of a folder of tasks."""
+    encode, end = mha2gqa.load_tokenizer(source.path), source.config.eos_ids
     found = [task for task in TASKS if (folder / task).is_dir()]
     if not found:
         raise ValueError(f"{folder}: holds none of the folders {', '.join(TASKS)}")
     for task in found:
         for is_dev in (False, True):
-            examples = read_task(folder, task, is_dev)[: args.task_limit]
-            yield task, is_dev, *encode_examples(examples, encode, config.eos_ids, seq_len)
+            examples = read_task(folder, task, is_dev)[:limit]
+            yield task, is_dev, *encode_examples(examples, encode, end, seq_len)
 
 
 # ---- 10 the demo, command line -------------------------------------------------------------------
@@ -1295,14 +1300,15 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     defaults = {f.name: f.default for f in dataclasses.fields(Arguments)
                 if f.default is not dataclasses.MISSING and f.name != "method"}
     parser.set_defaults(**defaults)
-    a = parser.parse_args(argv)
-    if a == parser.parse_args([]):
+    if not (sys.argv[1:] if argv is None else argv):
         return None
+    a = parser.parse_args(argv)
     if not (a.model and a.out and a.kv_heads is not None and (a.text or a.tasks)):
         parser.error("a run needs --model, --kv-heads, --out, and --text or --tasks")
     for name, value in vars(a).items():
         least = 0 if name in ("sft_epochs", "save_every", "seed") else 1e-12
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and not least <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: expected "
                          + ("0 or more" if least == 0 else "more than 0"))
     try:
