@@ -2011,6 +2011,31 @@ def test_bad_input_of_the_trainer(trained, tmp_path, train_command, what):
     assert message in err and sorted(tmp_path.rglob("*")) == before
 
 
+RECORD = json.dumps({"goal": "G", "sol1": "one", "sol2": "two"}) + "\n"
+BAD_TASKS = {  # files of the tasks' folder, and what is said of them
+    "no training file": ({"boolq/val.jsonl": "{}"}, "boolq: no train.jsonl"),
+    "no labels": ({"piqa/train.jsonl": RECORD}, "train-labels.lst: no such file; it should hold"),
+    "too few labels": ({"piqa/train.jsonl": 2 * RECORD, "piqa/train-labels.lst": "0"},
+                       "train-labels.lst: 1 labels for 2 records"),
+    "a label that is none": ({"piqa/train.jsonl": 2 * RECORD, "piqa/train-labels.lst": "0 2"},
+                             "train.jsonl, line 2: not a record of piqa"),
+    "records of another task": ({"boolq/train.jsonl": RECORD}, "line 1: not a record of boolq"),
+    "no JSON": ({"boolq/train.jsonl": "x"}, "line 1: not a record of boolq"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TASKS)
+def test_bad_tasks(trained, tmp_path, train_command, what):
+    files, message = BAD_TASKS[what]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    status, _, err = train_command("--model", trained / "mha", "--kv-heads", 2, "--out",
+                                   tmp_path / "out", "--tasks", tmp_path)
+    assert status == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_small_a_disk_for_training(trained, tmp_path, train_command, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     status, _, err = train_command(*train_arguments(trained, tmp_path / "out"))
