@@ -190,6 +190,16 @@ def run(trained, source, out, kv_heads, **method):
     return m.convert(trained / source, out, kv_heads, corpus, m.Method(**method))
 
 
+@pytest.fixture(scope="session")
+def converted(trained, tmp_path_factory):
+    """(directory, report) of a conversion in the default way, each made once; to be read only."""
+    @functools.cache
+    def make(source, kv_heads):
+        out = tmp_path_factory.mktemp("converted") / "out"
+        return out, run(trained, source, out, kv_heads)
+    return make
+
+
 def test_the_public_names_are_those_without_an_underscore():
     """And each says what it is, and comes from this file."""
     tree = ast.parse(PROGRAM.read_text())
@@ -548,13 +558,13 @@ def test_four_heads_in_two_groups():
 
 @pytest.mark.parametrize("k, n_groups", [(4, 2), (6, 3), (6, 2), (8, 4), (8, 2)])
 def test_grouping_finds_the_optimum_of_brute_force(k, n_groups):
-    for seed in range(3):
+    for seed in range(2):
         s = random_similarity(k, seed)
         groups = m.anneal_groups(s, n_groups, seed=seed)
         best = max(score(s, g) for g in all_groupings(list(range(k)), k // n_groups))
         assert score(s, groups) == pytest.approx(best)
         assert sorted(sum(groups, [])) == list(range(k))
-        assert groups == m.anneal_groups(s, n_groups, seed=seed)
+    assert groups == m.anneal_groups(s, n_groups, seed=seed)
 
 
 def descend(s, group):
@@ -896,10 +906,10 @@ def test_refit_lets_a_block_stay():
 
 
 @pytest.mark.slow
-def test_refit_errors_in_the_report_are_those_of_the_written_model(trained, corpus, tmp_path):
-    report = run(trained, "mha", tmp_path / "out", 2)
+def test_refit_errors_in_the_report_are_those_of_the_written_model(trained, corpus, converted):
+    folder, report = converted("mha", 2)
     config, source = m.load_checkpoint(trained / "mha")
-    new_config, out = m.load_checkpoint(tmp_path / "out")
+    new_config, out = m.load_checkpoint(folder)
     rows, _ = m.text_rows(trained / "mha", config, corpus)
     x = m.embed(source, rows[: len(rows) // 10], "cpu", torch.float32)
     converted_x = x.clone()
@@ -929,29 +939,31 @@ def test_alignment_beats_mean_pooling(trained, tmp_path, kv_heads):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_linear_alignment_and_refit_beat_rotation(trained, tmp_path, kv_heads):
+def test_linear_alignment_and_refit_beat_rotation(trained, converted, tmp_path, kv_heads):
+    folder, default = converted("mha", kv_heads)
+    assert default["method"] == dataclasses.asdict(m.Method(align="linear", refit=True)) == {
+        "align": "linear", "refit": True, "group": "energy", "metric": "dist", "seed": 0}
+    reports = {("linear", True): default}
+    for align, refit in (("rotation", False), ("rotation", True), ("linear", False)):
+        reports[align, refit] = run(trained, "mha", tmp_path / f"{align}{refit}", kv_heads,
+                                    align=align, refit=refit)
     gap = {}
-    for align, refit in (("rotation", False), ("rotation", True), ("linear", False),
-                         ("linear", True)):
-        report = run(trained, "mha", tmp_path / f"{align}{refit}", kv_heads, align=align,
-                     refit=refit)
+    for (align, refit), report in reports.items():
         loss = report["loss_nats_per_token"]
         gap[align, refit] = loss["converted"] - loss["source"]
         for layer in report["layers"] if refit else ():
             assert layer["hidden_state_error"]["after"] < layer["hidden_state_error"]["before"]
     assert gap["linear", True] < min(gap["linear", False], gap["rotation", True])
     assert max(gap["linear", False], gap["rotation", True]) < gap["rotation", False]
-    assert run(trained, "mha", tmp_path / "default", kv_heads)["method"] == report["method"] == {
-        "align": "linear", "refit": True, "group": "energy", "metric": "dist", "seed": 0}
-    (_, source), (_, out) = (m.load_checkpoint(p) for p in (trained / "mha", tmp_path / "default"))
+    (_, source), (_, out) = (m.load_checkpoint(p) for p in (trained / "mha", folder))
     for name in out:
         assert out[name].abs().max() < 10 * source[name].abs().max()
 
 
 @pytest.mark.slow
-def test_the_report_can_be_checked(trained, corpus, tmp_path):
+def test_the_report_can_be_checked(trained, corpus, converted):
     """Its losses are transformers' on the directories; sizes, config and files are as promised."""
-    report = run(trained, "mha", tmp_path / "out", 2)
+    out, report = converted("mha", 2)
     loss = report["loss_nats_per_token"]
     assert report["kv_cache_bytes_per_token"] == {"source": 2 * 2 * 8 * 16 * 4,
                                                   "converted": 2 * 2 * 2 * 16 * 4}
@@ -959,19 +971,17 @@ def test_the_report_can_be_checked(trained, corpus, tmp_path):
     _, held_out = m.text_rows(trained / "mha", config, corpus)
     assert report["tokens"] == {"calibration": 281 * 64, "held_out": held_out.numel(),
                                 "seq_len": 64}
-    for path, wanted in ((trained / "mha", loss["source"]), (tmp_path / "out", loss["converted"])):
+    for path, wanted in ((trained / "mha", loss["source"]), (out, loss["converted"])):
         with torch.no_grad():
             found = transformers_model(path)(held_out, labels=held_out).loss.item()
         assert found == pytest.approx(wanted, abs=1e-5)
         again = m.evaluate(path, corpus)
         assert again["loss_nats_per_token"] == pytest.approx(wanted, abs=1e-6)
-    raw, new = (json.loads((p / "config.json").read_text())
-                for p in (trained / "mha", tmp_path / "out"))
+    raw, new = (json.loads((p / "config.json").read_text()) for p in (trained / "mha", out))
     assert new == {**raw, "num_key_value_heads": 2}
     for layer in report["layers"]:
         assert sorted(sum(layer["groups"], [])) == list(range(8))
-    assert (tmp_path / "out/tokenizer.json").read_bytes() == (
-        trained / "mha/tokenizer.json").read_bytes()
+    assert (out / "tokenizer.json").read_bytes() == (trained / "mha/tokenizer.json").read_bytes()
     assert report["peak_memory_bytes"]["host"] > 0
 
 
@@ -991,11 +1001,11 @@ def test_without_alignment_it_is_mean_pooling_of_neighbours(trained, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source, kv_heads", [("mha", 4), ("mha", 1), ("gqa", 2), ("gqa", 1)])
-def test_outputs_in_transformers_with_a_cache(trained, tmp_path, source, kv_heads):
-    run(trained, source, tmp_path / "out", kv_heads)
-    config, weights = m.load_checkpoint(tmp_path / "out")
+def test_outputs_in_transformers_with_a_cache(converted, source, kv_heads):
+    folder, _ = converted(source, kv_heads)
+    config, weights = m.load_checkpoint(folder)
     assert config.num_key_value_heads == kv_heads
-    model = transformers_model(tmp_path / "out")
+    model = transformers_model(folder)
     tokens = random_tokens(config, time=64)
     with torch.no_grad():
         wanted = model(tokens).logits
@@ -1019,7 +1029,7 @@ def expand_to_mha(config, weights):
 
 
 @pytest.mark.parametrize("group", ["value", "key"])
-@pytest.mark.parametrize("metric", ["dist", "cos"])
+@pytest.mark.parametrize("metric", ["dist", pytest.param("cos", marks=pytest.mark.slow)])
 def test_the_exact_oracle(trained, corpus, tmp_path, group, metric):
     """Copied, shuffled and rotated heads are found again and undone: no loss at all."""
     config, weights = m.load_checkpoint(trained / "gqa")
@@ -1052,7 +1062,7 @@ def test_the_exact_oracle_of_linear_alignment(trained, corpus, tmp_path, refit):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_dtype_and_the_ties_of_the_source_are_kept(trained, corpus, tmp_path, dtype):
+def test_the_dtype_and_the_ties_of_the_source_are_kept(trained, corpus, converted, tmp_path, dtype):
     config, weights = m.load_checkpoint(trained / "gqa")
     narrow = {n: w.to(dtype) for n, w in weights.items()}
     m.save_checkpoint(tmp_path / "narrow", config, narrow, trained / "gqa")
@@ -1061,15 +1071,15 @@ def test_the_dtype_and_the_ties_of_the_source_are_kept(trained, corpus, tmp_path
     assert {w.dtype for w in out.values()} == {dtype} and "lm_head.weight" not in out
     again = m.evaluate(tmp_path / "out", corpus)["loss_nats_per_token"]
     assert report["loss_nats_per_token"]["converted"] == pytest.approx(again, abs=1e-6)
-    full = m.convert(trained / "gqa", tmp_path / "full", 2, corpus)
+    _, full = converted("gqa", 2)
     assert again == pytest.approx(full["loss_nats_per_token"]["converted"], abs=0.03)
     assert torch.equal(out["model.embed_tokens.weight"], narrow["model.embed_tokens.weight"])
 
 
 @pytest.mark.slow
-def test_a_forward_in_bf16_converts_nearly_as_well(trained, corpus, tmp_path):
-    full, half = (m.convert(trained / "mha", tmp_path / str(dtype), 2, corpus, dtype=dtype)
-                  for dtype in (torch.float32, torch.bfloat16))
+def test_a_forward_in_bf16_converts_nearly_as_well(trained, corpus, converted, tmp_path):
+    _, full = converted("mha", 2)
+    half = m.convert(trained / "mha", tmp_path / "out", 2, corpus, dtype=torch.bfloat16)
     for name, loss in half["loss_nats_per_token"].items():
         assert loss == pytest.approx(full["loss_nats_per_token"][name], abs=0.05)
 
@@ -1098,19 +1108,19 @@ def test_biased_models_convert(trained, corpus, tmp_path):
 def test_memory_does_not_grow_with_the_layers(tmp_path, bpe, topics):
     (tmp_path / "text.txt").write_text("\n".join(topics))
     peaks = []
-    for n_layers in (3, 12):
+    for n_layers in (2, 9):
         config = config_of(num_hidden_layers=n_layers, vocab_size=384, hidden_size=256,
                            intermediate_size=4096)
         path = tmp_path / str(n_layers)
         m.save_checkpoint(path, config, random_weights(config), bpe.parent)
         subprocess.run([sys.executable, PROGRAM, path, tmp_path / f"out{n_layers}", "--kv-heads",
-                        "2", "--text", tmp_path / "text.txt", "--tokens", "1024", "--seq-len",
-                        "128"], check=True)
+                        "2", "--text", tmp_path / "text.txt", "--tokens", "512", "--seq-len",
+                        "128", "--group", "adjacent"], check=True)
         report = json.loads((tmp_path / f"out{n_layers}/mha2gqa.json").read_text())
         peaks.append(report["peak_memory_bytes"]["host"])
         block = m._n_bytes(m.block_weights(m.load_checkpoint(path)[1], 0).values())
         assert 0.6 < peaks[-1] / report["memory_estimate_bytes"] < 1.2
-    assert peaks[1] - peaks[0] < 3 * block  # and not 9 blocks more
+    assert peaks[1] - peaks[0] < 3 * block  # and not 7 blocks more
 
 
 # ---- 9 checkpoints -------------------------------------------------------------------------------
@@ -1403,13 +1413,13 @@ def refused(capfd, folder, message, *arguments):
 
 def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     text = trained / "text.jsonl"
-    common = ("--text", text, "--tokens", 20_000, "--seq-len", 32)
+    common = ("--text", text, "--tokens", 6000, "--seq-len", 32)
     status, out, err = command(capfd, trained / "mha", tmp_path / "out", "--kv-heads", 4, *common)
     assert (status, err) == (0, "")  # no progress bar where there is no terminal
     plan, *table = out.splitlines()
     assert re.match(r"2 blocks, 8 to 4 KV heads "
                     r"\(align linear, refit, group energy\); "
-                    r"18,\d{3} tokens to calibrate, \d,\d{3} held out, in rows of 32; "
+                    r"5,\d{3} tokens to calibrate, 576 held out, in rows of 32; "
                     r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk$", plan)
     report = json.loads((tmp_path / "out/mha2gqa.json").read_text())
     converted = report["loss_nats_per_token"]["converted"]
@@ -1420,7 +1430,8 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     status, out, err = command(capfd, "--evaluate", tmp_path / "out", *common)
     held_out = report["tokens"]["held_out"]
     assert out == f"held-out loss {converted:.4f} nats/token, {held_out:,} tokens\n"
-    status, out, err = command(capfd, "--evaluate", tmp_path / "out", "--eval-text", text)
+    status, out, err = command(capfd, "--evaluate", tmp_path / "out", "--eval-text",
+                               trained / "short.jsonl")
     assert status == 0 and err == ""
 
 
@@ -1545,7 +1556,9 @@ BROKEN = {
     "nested theta": (edit_config(rope_parameters={"rope_theta": "x"}), "rope_theta is 'x', expect"),
     "no size": (edit_config(vocab_size=None), "config.json: no vocab_size"),
     "a size as text": (edit_config(hidden_size="48"), "hidden_size is '48', expected a positive"),
-    "a rate of 0": (edit_config(rope_theta=-1), "rope_theta is -1, expected a positive number"),
+    "theta below 0": (edit_config(rope_theta=-1), "rope_theta is -1, expected a positive"),
+    "theta as text": (edit_config(rope_theta="10000"), "rope_theta is '10000', expected"),
+    "eps as text": (edit_config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5', expected a"),
     "heads": (edit_config(num_key_value_heads=3), "num_key_value_heads 3 does not divide"),
     "odd heads": (edit_config(head_dim=7), "head_dim is 7, but RoPE needs an even one"),
     "layers": (edit_config(num_hidden_layers=3),
@@ -1618,9 +1631,11 @@ BAD_ARGUMENTS = {
     "held-out text too short": (["--eval-text", "{little}"], "too little text in .*little.txt: 1"),
     "device": (["--device", "gpu"], "device 'gpu': expected auto, cpu"),
     "seed": (["--seed", -1], "seed -1: expected 0 to 4294967295"),
+    "seed too large": (["--seed", 2**32], "seed 4294967296: expected 0 to 4294967295"),
     "cosine": (["--metric", "cos"], "metric cos: linear alignment and groups by energy weigh"),
     "3 heads": (["--kv-heads", 3], "3 KV heads: the source has 8, choose one of 1, 2, 4"),
     "8 heads": (["--kv-heads", 8], "8 KV heads: the source has 8, choose one of 1, 2, 4"),
+    "16 heads": (["--kv-heads", 16], "16 KV heads: the source has 8"),
     "0 heads": (["--kv-heads", 0], "0 KV heads: the source has 8"),
     "minus 2 heads": (["--kv-heads=-2"], "-2 KV heads: the source has 8"),
 }
@@ -1663,6 +1678,13 @@ def test_models_that_are_no_directory(trained, tmp_path, capfd, model, message):
             trained / "text.jsonl")
 
 
+def test_one_kv_head_is_nothing_to_merge(trained, tmp_path, capfd):
+    config = config_of(vocab_size=384, num_key_value_heads=1)
+    m.save_checkpoint(tmp_path / "x", config, random_weights(config), trained / "mha")
+    refused(capfd, tmp_path, "1 KV heads: the source has 1, nothing to merge", tmp_path / "x",
+            tmp_path / "out", "--kv-heads", 1, "--text", trained / "text.jsonl")
+
+
 def test_too_small_a_disk_is_seen_before(trained, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     refused(capfd, tmp_path, r"[\d,]+ bytes are needed, 1,000 are free", trained / "mha",
@@ -1678,7 +1700,8 @@ def test_weights_that_are_not_finite(trained, tmp_path, capfd, name, value):
     weights[name][3, 5] = value
     m.save_checkpoint(tmp_path / "x", config, weights, trained / "mha")
     refused(capfd, tmp_path, f"tensor {name} holds values that are not finite", tmp_path / "x",
-            tmp_path / "out", "--kv-heads", 4, "--text", trained / "text.jsonl", "--tokens", 1000)
+            tmp_path / "out", "--kv-heads", 4, "--text", trained / "text.jsonl", "--tokens", 1000,
+            "--align", "none")
 
 
 @pytest.mark.parametrize("part, factor, what", [
@@ -1689,7 +1712,8 @@ def test_activations_that_overflow(trained, tmp_path, capfd, part, factor, what)
     huge = {n: w * factor if f"layers.1.{part}" in n else w for n, w in weights.items()}
     m.save_checkpoint(tmp_path / "x", config, huge, trained / "mha")
     refused(capfd, tmp_path, f"block 1: its {what} on this text are not finite", tmp_path / "x",
-            tmp_path / "out", "--kv-heads", 4, "--text", trained / "text.jsonl", "--tokens", 1000)
+            tmp_path / "out", "--kv-heads", 4, "--text", trained / "text.jsonl", "--tokens", 1000,
+            "--group", "adjacent")
 
 
 def test_converted_weights_that_overflow(trained, tmp_path, capfd):
