@@ -1423,7 +1423,8 @@ def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
     kind = rope["rope_type"]
     types = {f.name: f.type for f in dataclasses.fields(LlamaConfig)}
     fields = {name: raw[name] for name in types if name != "raw" and raw.get(name) is not None}
-    fields["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    thetas = (rope.get("rope_theta"), raw.get("rope_theta"), LlamaConfig.rope_theta)
+    fields["rope_theta"] = next(theta for theta in thetas if theta is not None)
     fields["rope_scaling"] = None if kind == "default" else rope
     numbers = fields | {name: rope.get(name) for name in _ROPE_FIELDS[kind]}
     absent = [name for name in [*list(types)[:5], *_ROPE_FIELDS[kind]] if numbers.get(name) is None]
@@ -1431,7 +1432,8 @@ def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
         raise ValueError(f"no {', '.join(absent)}")
     for name, value in numbers.items():
         wanted = types.get(name, float)
-        if wanted in (int, float) and not (type(value) in (int, wanted) and value > 0):
+        if wanted in (int, float) and not (
+                type(value) in (int, wanted) and 0 < value < math.inf):
             raise ValueError(f"{name} is {value!r}, expected a positive number")
     return LlamaConfig(**fields, raw=raw)
 
@@ -1494,7 +1496,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         mapped = zipfile.is_zipfile(file)  # older files, which are no archives, are read whole
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        if not all(isinstance(w, Tensor) for w in tensors.values()):
+        if not all(isinstance(n, str) and isinstance(w, Tensor) for n, w in tensors.items()):
             raise TypeError("it holds other things")
         return dict(tensors)
     except Exception as error:  # a broken file can make torch.load raise almost anything
