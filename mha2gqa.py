@@ -15,8 +15,8 @@ Before Merging Them" (Jin et al. 2024, arXiv 2412.20677, "the paper" below) rota
 group until they agree, and only then averages them.
 
 Rotations are not the only maps that leave a model unchanged. The default here goes one step
-further, to linear maps, and then trains each converted block to reproduce the source's hidden
-states.
+further, to linear maps; then it trains attention: in each block alone to reproduce the source's
+hidden states, and at last in all blocks together to reproduce its predictions.
 
 The map of this file:
 
@@ -58,12 +58,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __version__ = "0.2.0"
 __all__ = [
@@ -74,7 +75,7 @@ __all__ = [
     "HeadMaps", "transform", "merge",
     "hard_concrete", "open_probability", "l0_loss", "kl_loss", "bild_loss",
     "Method", "ConvertedBlock", "converted_blocks", "refit_block", "lr_factor", "gqa_config",
-    "embed", "read_block",
+    "joint_refit", "embed", "read_block",
     "Corpus", "convert", "evaluate",
     "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_prefix",
     "block_weights", "non_block_weights", "read_json", "write_json",
@@ -950,10 +951,12 @@ class Method:
     """How to convert. Checks itself and fills in its defaults; raises ValueError.
 
     align: "linear", the maps onto one shared head that serves the group best; "rotation", the
-    paper's; or "none", plain averages. refit: train each block to reproduce the source's hidden
-    states (None: with "linear"). group: the heads of a group lose the least "energy" together, have
-    similar "value"s or "key"s, or are "adjacent" (None: energy, value, adjacent for the three ways
-    to align). metric of similarity: "dist" or "cos". seed: for all that is random.
+    paper's; or "none", plain averages. refit: train each block's attention to reproduce the
+    source's hidden states (None: with "linear"). joint: then that of all blocks together to
+    reproduce its predictions, see `joint_refit` (None: with a refit). group: the heads of a group
+    lose the least "energy" together, have similar "value"s or "key"s, or are "adjacent" (None:
+    energy, value, adjacent for the three ways to align). metric of similarity: "dist" or "cos".
+    seed: for all that is random.
     """
 
     CHOICES: ClassVar = {
@@ -965,6 +968,7 @@ class Method:
 
     align: str = "linear"
     refit: bool | None = None
+    joint: bool | None = None
     group: str | None = None
     metric: str = "dist"
     seed: int = 0
@@ -972,6 +976,8 @@ class Method:
     def __post_init__(self):
         if self.refit is None:
             object.__setattr__(self, "refit", self.align == "linear")
+        if self.joint is None:
+            object.__setattr__(self, "joint", self.refit)
         if self.group is None:
             object.__setattr__(self, "group", self.GROUP_FOR.get(self.align, "energy"))
         for name, choices in self.CHOICES.items():
@@ -1033,11 +1039,10 @@ def converted_blocks(
         lap("calibrate")
         # source_x now holds the hidden states after the block, which are the refit's target.
         if method.refit:
-            converted, error = refit_block(
+            converted, report["refit"] = refit_block(
                 new_config, converted, converted_x, source_x, method.seed + i, document_BT)
-            if not math.isfinite(error["before"]):
+            if not math.isfinite(report["refit"]["before"]):
                 raise ValueError(f"block {i}: its hidden states on this text are not finite")
-            report["hidden_state_error"] = error
             _run_block_(new_config, converted, converted_x, document_BT)
             lap("refit")
         yield ConvertedBlock(source, aligned, converted, report)
@@ -1097,10 +1102,10 @@ def _align_groups(
         name: {"before": before[name], "after": after[name]} for name in before}}
 
 
-# The refit's constants were chosen by held-out loss and KL on two small models.
-_REFIT_EPOCHS = 5  # passes over the calibration rows; ten take twice the time, and gain little
-_REFIT_TOKENS = 1024  # per step; 2,048 were worse
-_REFIT_RATE = 0.4  # how much a step at the highest rate changes the output, relative to it
+# Chosen by held-out loss and KL on a saturated model of 30 blocks and on two small ones.
+_REFIT_TOKENS = 512  # per step: with few tokens, more and smaller steps
+_REFIT_RATE = 0.4  # how much a step at the highest rate changes an output, relative to it
+_JOINT_RATE = 0.1  # the same where all blocks change at once
 
 
 @torch.no_grad()
@@ -1108,73 +1113,147 @@ def refit_block(
     config: LlamaConfig, weights: Weights, x_BTD: Tensor, target_BTD: Tensor, seed: int,
     document_BT: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Train a converted block to make `target` of x; returns (weights, its error before and after).
+    """Train a converted block's attention and norms to make `target` of x.
 
     x: hidden states of the converted model before the block. target: the source's after it. So the
     block learns to compensate both for its own merge and for the errors of the blocks before it.
-    The first tenth of the rows is held out and the error measured there, with the weights rounded
-    to their dtype; if it does not fall, or is not finite, the block stays as it was.
+    Returns (weights, its `_hidden_state_error` before and after, see `_fit`).
     """
     block = _empty_block(config)
 
-    def error(weights, rows):
+    def error(trained, rows):
         document = None if document_BT is None else document_BT[rows]
-        return _relative_error(block, weights, x_BTD[rows], target_BTD[rows], document)
+        y_BTD = _forward(block, {**weights, **trained}, at_least_float32(x_BTD[rows]), document)
+        return _hidden_state_error(y_BTD, target_BTD[rows])
 
-    size = max(1, _REFIT_TOKENS // x_BTD.shape[1])
-    held_out, rows = torch.arange(len(x_BTD)).tensor_split([max(1, len(x_BTD) // 10)])
-    generator = torch.Generator().manual_seed(seed)
-    batches = [batch for _ in range(_REFIT_EPOCHS)
-               for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
-    fitted = _fit(weights, _refit_rates(weights), error, batches)
-    before, after = (sum(len(part) * error(w, part).item() for part in held_out.split(size))
-                     / len(held_out) for w in (weights, fitted))
-    if not after < before:
-        return dict(weights), {"before": before, "after": before}
-    return fitted, {"before": before, "after": after}
+    fitted, error_of = _fit(_attention(weights), error, _REFIT_RATE, x_BTD[..., 0], seed)
+    return {**weights, **fitted}, error_of
 
 
-def _relative_error(block, weights, x_BTD, target_BTD, document_BT=None) -> Tensor:
-    """The mean over tokens of ‖y − target‖² / ‖target‖², a scalar, y what the block makes of x.
+def _attention(weights: Weights) -> dict[str, Tensor]:
+    """Those of a block's weights that a refit trains: attention and the norms.
 
-    Relative to each token's length, as the next norm sees it. Otherwise a few tokens that are a
-    thousand times longer than the rest, as large models have them, would decide alone.
+    The MLPs are two thirds of a model. They have lost nothing, and take more tokens to train.
     """
-    y_BTD = _forward(block, weights, at_least_float32(x_BTD), document_BT)
-    target_BTD = at_least_float32(target_BTD)
+    return {name: w for name, w in weights.items() if not name.startswith("mlp.")}
+
+
+def _hidden_state_error(y_BTD: Tensor, target_BTD: Tensor) -> Tensor:
+    """The mean over tokens of log(1 + ‖y − target‖² / ‖target‖²), a scalar.
+
+    Relative to each token's length, as the next norm sees it: large models make a few tokens a
+    thousand times longer than the rest (most often the first of a row), and these would decide
+    alone. The logarithm is for a token that only one of the two models makes so long.
+    """
+    y_BTD, target_BTD = at_least_float32(y_BTD), at_least_float32(target_BTD)
     square_BT = (y_BTD - target_BTD).square().sum(-1)
-    return (square_BT / target_BTD.square().sum(-1).clamp(min=1e-30)).mean()
+    return (square_BT / target_BTD.square().sum(-1).clamp(min=1e-30)).log1p().mean()
 
 
-def _refit_rates(weights: Weights) -> dict[str, float]:
-    """Adam's learning rate for each weight: _REFIT_RATE · rms(W) / √columns.
+@torch.no_grad()
+def joint_refit(
+    config: LlamaConfig, weights: Weights, blocks: Iterable[ConvertedBlock], tokens_BT: Tensor,
+    target_BTD: Tensor, method: Method, lap: Callable[[str], None] = lambda stage: None
+) -> Iterator[ConvertedBlock]:
+    """Train attention and norms of all converted blocks together; yields the blocks again.
 
-    For an input of ±1 and a row of n entries: a step of Adam changes each by about the rate r. The
-    changes have the signs of the input, so they add up, and the output changes by n r. The entries
-    themselves have random signs, and add up to about √n rms(W). So at this rate the output changes
-    by the same share, _REFIT_RATE, at any width.
+        minimise  the mean over tokens of KL(source ‖ converted), see `kl_loss`
+
+    A block alone cannot know which of its errors the output will notice.
+    config, weights: the source's. blocks: as from `converted_blocks`, which leaves in its `x_BTD`
+    what is the target here, the source's hidden states after the last block. Memory: 16 bytes for
+    each weight that is trained, and one block; it is run again in the backward pass (Chen et al.
+    2016). Each report gets "joint_kl", before and after, see `_fit`.
     """
-    return {name: _REFIT_RATE * (at_least_float32(w).square().mean() / w.shape[-1]).sqrt().item()
-            for name, w in weights.items()}
+    reports, start = [], cast(dict[str, Tensor], {})
+    new_config, device = config, target_BTD.device
+    for i, block in enumerate(blocks):
+        reports.append(block.report)
+        start |= {block_prefix(i) + n: w for n, w in _attention(block.converted).items()}
+        new_config = gqa_config(config, len(block.report["groups"]))
+    empty = _empty_block(new_config)
+    readout = _readout(config, weights, at_least_float32(target_BTD[:1]))
+
+    def run(i, trained, x_BTD):
+        return _forward(empty, _with_trained(read_block(weights, i, device), i, trained), x_BTD)
+
+    def sum_of_kl(x_ND, target_ND):
+        return kl_loss(readout(x_ND), readout(target_ND)).sum()
+
+    def kl(trained, rows):
+        x_BTD = embed(weights, tokens_BT[rows], device, torch.float32)
+        for i in range(config.num_hidden_layers):
+            x_BTD = checkpoint(run, i, trained, x_BTD, use_reentrant=False)
+        chunks = (at_least_float32(y_BTD).flatten(0, 1).split(256)
+                  for y_BTD in (x_BTD, target_BTD[rows]))
+        return sum(checkpoint(sum_of_kl, *chunk, use_reentrant=False)
+                   for chunk in zip(*chunks, strict=True)) / x_BTD[..., 0].numel()
+
+    fitted, error = _fit(start, kl, _JOINT_RATE, tokens_BT, method.seed, bar="joint refit")
+    lap("joint refit")
+    for i, report in enumerate(reports):
+        source = read_block(weights, i, device)
+        yield ConvertedBlock(source, None, _with_trained(source, i, fitted),
+                             {**report, "joint_kl": error})
+
+
+def _with_trained(block: Weights, i: int, trained: Weights) -> dict[str, Tensor]:
+    """Block i's weights, those that are among `trained` from there."""
+    return {name: trained.get(block_prefix(i) + name, w) for name, w in block.items()}
 
 
 def _fit(
-    weights: Weights, rates: Mapping[str, float], loss: Callable[[Weights, Tensor], Tensor],
-    batches: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """The weights after a step of Adam on `loss(weights, batch)` for every batch."""
+    weights: Weights, loss: Callable[[Weights, Tensor], Tensor], rate: float, tokens_BT: Tensor,
+    seed: int, bar: str = ""
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Minimise `loss(weights, rows)` by Adam; returns (weights, {"before", "after"}).
+
+    The first tenth of the rows is held out and the loss measured there, with the weights rounded
+    to their dtype; if it does not fall, or is not finite, the weights stay as they were.
+    """
+    size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
+    held_out, rows = torch.arange(len(tokens_BT)).tensor_split([max(1, len(tokens_BT) // 10)])
+    generator = torch.Generator().manual_seed(seed)
+    batches = [batch for _ in range(_epochs(tokens_BT.numel()))
+               for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
     new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
+    rates = _rates(weights, rate)
     # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(progress(batches, bar, len(batches)) if bar else batches):
         with torch.enable_grad():
             loss(new, batch).backward()
         for group in adam.param_groups:
             group["lr"] = rates[group["name"]] * lr_factor(step, len(batches))
         adam.step()
         adam.zero_grad()
-    return _as_dtypes_of(weights, {name: w.detach() for name, w in new.items()})
+    fitted = _as_dtypes_of(weights, {name: w.detach() for name, w in new.items()})
+    before, after = (sum(len(part) * loss(w, part).item() for part in held_out.split(size))
+                     / len(held_out) for w in (weights, fitted))
+    if not after < before:
+        return dict(weights), {"before": before, "after": before}
+    return fitted, {"before": before, "after": after}
+
+
+def _epochs(n_tokens: int) -> int:
+    """Passes over the calibration tokens: 5 of 16,384, 2 of 65,536, 1 of 262,144 and more.
+
+    Of few tokens more is learned by seeing them again; the steps grow with the root of the tokens.
+    """
+    return max(1, min(5, round(5 * math.sqrt(16_384 / n_tokens))))
+
+
+def _rates(weights: Weights, rate: float) -> dict[str, float]:
+    """Adam's learning rate for each weight: rate · rms(W) / √columns.
+
+    For an input of ±1 and a row of n entries: a step of Adam changes each by about its rate r. The
+    changes have the signs of the input, so they add up, and the output changes by n r. The entries
+    themselves have random signs, and add up to about √n rms(W). So the output changes by the same
+    share, `rate`, at any width.
+    """
+    return {name: rate * (at_least_float32(w).square().mean() / w.shape[-1]).sqrt().item()
+            for name, w in weights.items()}
 
 
 def _as_dtypes_of(like: Weights, weights: Weights) -> dict[str, Tensor]:
@@ -1233,7 +1312,8 @@ def convert(
 
     corpus: a `Corpus`, or just its files. dtype: of the forward; the output keeps the source's.
     `log` is called with the line that says what will be done; `dry_run` ends there, after all
-    checks. Memory holds one block and the tokens' hidden states, however deep the model.
+    checks. Memory holds one block and the tokens' hidden states, however deep the model; for the
+    joint refit also 16 bytes for each weight of attention.
 
     `out_dir` becomes a Hugging Face directory with `mha2gqa.json`, the report: losses in
     nats/token, sizes in bytes, times in seconds. It is there whole or not at all. Raises
@@ -1267,19 +1347,20 @@ def convert(
         return report
     with new_checkpoint(out_dir, new_config, size, tokenizer_from=model_dir) as writer:
         x_BTD = embed(weights, rows, place, dtype)
-        report |= _convert_and_measure(writer, config, weights, x_BTD, held_out, method)
+        report |= _convert_and_measure(writer, config, weights, rows, x_BTD, held_out, method)
         write_json(writer.folder / "mha2gqa.json", report)
     return report
 
 
 def _convert_and_measure(
-    writer: "CheckpointWriter", config: LlamaConfig, weights: Weights, x_BTD: Tensor,
-    held_out_BT: Tensor, method: Method
+    writer: "CheckpointWriter", config: LlamaConfig, weights: Weights, tokens_BT: Tensor,
+    x_BTD: Tensor, held_out_BT: Tensor, method: Method
 ) -> dict[str, Any]:
     """Write the converted blocks, and run the held-out tokens through three models at once.
 
-    x: the embedded calibration rows. Returns what was measured: the losses of the source, of its
-    mean-pooled and of its converted model, seconds, memory, and each block's report.
+    tokens, x: the calibration rows and their embedding. Returns what was measured: loss and KL of
+    the source, of its mean-pooled and of its converted model, seconds, memory, and each block's
+    report with "hidden_state_error", that of the written model on the held-out rows.
     """
     non_block, new_config = non_block_weights(weights), writer.config
     _check_finite(non_block)
@@ -1287,25 +1368,29 @@ def _convert_and_measure(
     source_x = embed(weights, held_out_BT, x_BTD.device, x_BTD.dtype)
     pooled_x, converted_x = source_x.clone(), source_x.clone()
     meter, reports = Meter(x_BTD.device), []
-    blocks = converted_blocks(config, weights, x_BTD, kv_heads, method, lap=meter.lap)
-    for i, block in enumerate(progress(blocks, "blocks", n_layers)):
+    blocks: Iterable[ConvertedBlock] = progress(converted_blocks(
+        config, weights, x_BTD, kv_heads, method, lap=meter.lap), "blocks", n_layers)
+    if method.joint:
+        blocks = joint_refit(config, weights, blocks, tokens_BT, x_BTD, method, meter.lap)
+    for i, block in enumerate(blocks):
         _check_finite(block.converted, f"converted {block_prefix(i)}")
         pooled = _as_dtypes_of(block.source, merge(block.source, config, kv_heads))
         _run_block_(config, block.source, source_x)
         _run_block_(new_config, pooled, pooled_x)
         _run_block_(new_config, block.converted, converted_x)
+        error = _hidden_state_error(converted_x, source_x).item()
         meter.lap("evaluate")
         writer.write_shard({block_prefix(i) + n: w for n, w in block.converted.items()})
         meter.lap("write")
-        reports.append(block.report)
+        reports.append({**block.report, "hidden_state_error": error})
     streams = {"source": source_x, "mean_pooled": pooled_x, "converted": converted_x}
-    losses = {name: _mean_loss(config, weights, x, held_out_BT) for name, x in streams.items()}
+    loss, kl = _mean_scores(config, weights, streams, held_out_BT)
     meter.lap("evaluate")
     writer.write_shard(non_block)
     meter.lap("write")
     means = {name: _mean([report[name] for report in reports])
              for name in reports[0] if name != "groups"}
-    return {"loss_nats_per_token": losses, **means,
+    return {"loss_nats_per_token": loss, "kl_nats_per_token": kl, **means,
             "seconds": {**meter.seconds, "total": sum(meter.seconds.values())},
             "peak_memory_bytes": meter.peak_memory, "layers": reports}
 
@@ -1327,20 +1412,37 @@ def evaluate(
     x_BTD = embed(weights, held_out, place, dtype)
     for i in progress(range(config.num_hidden_layers), "blocks", config.num_hidden_layers):
         _run_block_(config, read_block(weights, i, place), x_BTD)
-    loss = _mean_loss(config, weights, x_BTD, held_out)
-    return {"loss_nats_per_token": loss, "held_out_tokens": held_out.numel()}
+    loss, _ = _mean_scores(config, weights, {"source": x_BTD}, held_out)
+    return {"loss_nats_per_token": loss["source"], "held_out_tokens": held_out.numel()}
 
 
-def _mean_loss(config, weights, x_BTD: Tensor, tokens_BT: Tensor) -> float:
-    """Nats/token over the T − 1 predictions of each row, from the last block's hidden states."""
-    norm = weights["model.norm.weight"].to(x_BTD)
-    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).to(x_BTD)
-    total = 0.0
-    for x_TD, tokens_T in zip(x_BTD, tokens_BT.to(x_BTD.device), strict=True):
-        for x_D, target in zip(x_TD[:-1].split(1024), tokens_T[1:].split(1024), strict=True):
-            logits = F.linear(_rms_norm(x_D, norm, config.rms_norm_eps), head)
-            total += F.cross_entropy(at_least_float32(logits), target, reduction="sum").item()
-    return total / (tokens_BT.shape[0] * (tokens_BT.shape[1] - 1))
+def _mean_scores(
+    config: LlamaConfig, weights: Weights, streams: Mapping[str, Tensor], tokens_BT: Tensor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Loss of each stream, and KL(source ‖ it), in nats/token over the T − 1 predictions of a row.
+
+    streams: hidden states (B, T, D) after the last block; one of them is "source".
+    """
+    readout = _readout(config, weights, streams["source"])
+    loss, kl = dict.fromkeys(streams, 0.0), dict.fromkeys(streams, 0.0)
+    n_rows, n_predictions = len(tokens_BT), tokens_BT.shape[1] - 1
+    for row, tokens_T in enumerate(tokens_BT.to(streams["source"].device)):
+        for at in range(0, n_predictions, 256):
+            here = slice(at, min(at + 256, n_predictions))
+            source_TV = readout(streams["source"][row, here])
+            for name, x_BTD in streams.items():
+                logits_TV = at_least_float32(readout(x_BTD[row, here]))
+                loss[name] += F.cross_entropy(logits_TV, tokens_T[1:][here], reduction="sum").item()
+                kl[name] += kl_loss(logits_TV, source_TV).sum().item()
+    n = n_rows * n_predictions
+    return {k: v / n for k, v in loss.items()}, {k: v / n for k, v in kl.items()}
+
+
+def _readout(config: LlamaConfig, weights: Weights, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function that makes logits of the last block's hidden states, such as `like`."""
+    norm = weights["model.norm.weight"].to(like)
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).to(like)
+    return lambda x_BTD: F.linear(_rms_norm(x_BTD, norm, config.rms_norm_eps), head)
 
 
 # ==================================================================================================
@@ -1906,11 +2008,17 @@ def _memory_needed(
     forward = min(4096, n_rows) * (6 * d + 4 * inner) * size  # of at most 4,096 tokens at a time
     mapping = 3 * attention * 8  # float64 copies of attention's weights
     # Old and new weights, gradients and moments, and what the backward of a step needs.
-    step = min(max(_REFIT_TOKENS, rows.shape[1]), n_rows) * (8 * d + 3 * (q + 2 * kv) + 5 * inner)
-    refit = 4 * (5 * (attention + mlp) + step) if method.refit else 0
+    step = min(max(_REFIT_TOKENS, rows.shape[1]), n_rows)
+    backward = 4 * step * (8 * d + 3 * (q + 2 * kv) + 5 * inner)
+    refit = 4 * (5 * attention + mlp) + backward if method.refit else 0
     block = 2 * (attention + mlp) * size + 4 * kv * kv * 8 + max(forward, mapping, refit)
-    head = config.vocab_size * (d * size + 3 * 1024 * 4)  # and logits of 1,024 tokens
-    return 300_000_000 + streams + max(block, head)  # 0.3 GB: Python and torch themselves
+    head = config.vocab_size * (d * size + 8 * 256 * 4)  # and logits of 256 tokens
+    joint = 0
+    if method.joint:
+        n_layers = config.num_hidden_layers
+        joint = (4 * (4 * attention + step * d) * n_layers + backward
+                 + 4 * config.vocab_size * (d + 8 * 256))
+    return 300_000_000 + streams + max(block, head, joint)  # 0.3 GB: Python and torch themselves
 
 
 def _plan_line(report: Mapping[str, Any]) -> str:
@@ -1918,7 +2026,8 @@ def _plan_line(report: Mapping[str, Any]) -> str:
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
-        f"(align {method['align']}{', refit' * method['refit']}, group {method['group']}"
+        f"(align {method['align']}{', refit' * method['refit']}{', joint' * method['joint']}, "
+        f"group {method['group']}"
         + (f", metric {method['metric']}" if method["align"] != "linear" else "") + "); "
         f"{tokens['calibration']:,} tokens to calibrate, {tokens['held_out']:,} held out, in rows "
         f"of {tokens['seq_len']:,}; about {gigabytes(report['memory_estimate_bytes'])} of memory "
@@ -1992,7 +2101,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that make a `Method`; see `method_of_arguments`."""
+    """The options that make a `Method`, all but --joint; see `method_of_arguments`."""
     add = parser.add_argument
     add("--align", choices=Method.CHOICES["align"], default=Method.align,
         help="how heads are made to agree before they are averaged: by maps onto the shared head "
@@ -2000,8 +2109,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group", choices=Method.CHOICES["group"],
         help="group heads by this: the least energy lost, similarity of values or keys, or none "
         "(default: energy, value, adjacent for --align linear, rotation, none)")
-    add("--refit", action=argparse.BooleanOptionalAction, help="train each block to reproduce the "
-        "source's hidden states (default: with --align linear)")
+    add("--refit", action=argparse.BooleanOptionalAction, help="train each block's attention to "
+        "reproduce the source's hidden states (default: with --align linear)")
     add("--metric", choices=Method.CHOICES["metric"], default=Method.metric,
         help="similarity: minus the mean square distance (default), or the mean cosine (for "
         "--align rotation or none)")
@@ -2035,6 +2144,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seq-len", type=int, metavar="N",
         help="tokens per row (default: 2048, or the model's context if that is less)")
     add_method_arguments(parser)
+    add("--joint", action=argparse.BooleanOptionalAction, help="then train attention of all blocks "
+        "together to reproduce its predictions (default: with a refit)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dry-run", action="store_true", help="check the input, say what would be done, and end")
     add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
@@ -2050,10 +2161,11 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _print_table(report: Mapping[str, Any], out: str) -> None:
     """What a person wants to know of a report."""
-    loss, cache = report["loss_nats_per_token"], report["kv_cache_bytes_per_token"]
-    print(f"\nheld-out loss, nats/token, {report['tokens']['held_out']:,} tokens")
+    loss, kl = report["loss_nats_per_token"], report["kl_nats_per_token"]
+    cache = report["kv_cache_bytes_per_token"]
+    print(f"\nheld-out loss, nats/token, {report['tokens']['held_out']:,} tokens; KL to the source")
     for name, value in loss.items():
-        gap = "" if name == "source" else f"  {value - loss['source']:+8.4f}"
+        gap = "" if name == "source" else f"  {value - loss['source']:+8.4f}{kl[name]:9.4f}"
         print(f"  {name.replace('_', '-'):<12}{value:8.4f}{gap}")
     if "energy_kept" in report:
         print("energy that the shared heads keep")
@@ -2063,10 +2175,11 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
         print(f"similarity inside groups ({report['method']['metric']}), before and after")
         for name, s in report["similarity_inside_groups"].items():
             print(f"  {name + 's':<12}{s['before']:8.4f} -> {s['after']:.4f}")
-    if "hidden_state_error" in report:
-        error = report["hidden_state_error"]
-        print("relative square error of a block's hidden states, before and after its refit\n"
-              f"  {'mean':<12}{error['before']:8.4f} -> {error['after']:.4f}")
+    for name, what in (("refit", "error of a block's hidden states, before and after its refit"),
+                       ("joint_kl", "KL to the source, before and after the joint refit")):
+        if name in report:
+            mean = report[name]
+            print(f"{what}\n  {'mean':<12}{mean['before']:8.4f} -> {mean['after']:.4f}")
     print(f"KV cache, bytes a token\n  {cache['source']:,} -> {cache['converted']:,}")
     stages = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
     memory = (f"{n} {b / 1e9:.2f} GB" for n, b in report["peak_memory_bytes"].items() if b)

@@ -757,7 +757,7 @@ class Arguments:
     lr: float | None = None
     mask_lr: float | None = None
     no_masks: bool = False
-    method: mha2gqa.Method = mha2gqa.Method()
+    method: mha2gqa.Method = mha2gqa.Method(joint=False)  # the training itself is joint
     calibration_tokens: int = 262_144
     save_every: int = 500
     checkpoint_activations: bool = False
@@ -1299,7 +1299,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
     defaults = {f.name: f.default for f in dataclasses.fields(Arguments)
                 if f.default is not dataclasses.MISSING and f.name != "method"}
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**defaults, joint=False)
     if not (sys.argv[1:] if argv is None else argv):
         return None
     a = parser.parse_args(argv)
