@@ -75,7 +75,7 @@ __all__ = [
     "HeadMaps", "transform", "merge",
     "hard_concrete", "open_probability", "l0_loss", "kl_loss", "bild_loss",
     "Method", "ConvertedBlock", "converted_blocks", "refit_block", "lr_factor", "gqa_config",
-    "joint_refit", "embed", "read_block",
+    "joint_refit", "resampled_rows", "embed", "read_block",
     "Corpus", "convert", "evaluate",
     "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_prefix",
     "block_weights", "non_block_weights", "read_json", "write_json",
@@ -1126,7 +1126,9 @@ def refit_block(
         y_BTD = _forward(block, {**weights, **trained}, at_least_float32(x_BTD[rows]), document)
         return _hidden_state_error(y_BTD, target_BTD[rows])
 
-    fitted, error_of = _fit(_attention(weights), error, _REFIT_RATE, x_BTD[..., 0], seed)
+    tokens_BT = x_BTD[..., 0]  # only its shape counts
+    fitted, error_of = _fit(_attention(weights), error, _REFIT_RATE, tokens_BT,
+                            _refit_epochs(tokens_BT.numel()), seed)
     return {**weights, **fitted}, error_of
 
 
@@ -1159,7 +1161,8 @@ def joint_refit(
 
         minimise  the mean over tokens of KL(source ‖ converted), see `kl_loss`
 
-    A block alone cannot know which of its errors the output will notice.
+    A block alone cannot know which of its errors the output will notice. One pass over the tokens:
+    of logits, unlike hidden states, all that a second one learns are these tokens by heart.
     config, weights: the source's. blocks: as from `converted_blocks`, which leaves in its `x_BTD`
     what is the target here, the source's hidden states after the last block. Memory: 16 bytes for
     each weight that is trained, and one block; it is run again in the backward pass (Chen et al.
@@ -1189,12 +1192,36 @@ def joint_refit(
         return sum(checkpoint(sum_of_kl, *chunk, use_reentrant=False)
                    for chunk in zip(*chunks, strict=True)) / x_BTD[..., 0].numel()
 
-    fitted, error = _fit(start, kl, _JOINT_RATE, tokens_BT, method.seed, bar="joint refit")
+    fitted, error = _fit(start, kl, _JOINT_RATE, tokens_BT, 1, method.seed, bar="joint refit")
     lap("joint refit")
     for i, report in enumerate(reports):
         source = read_block(weights, i, device)
         yield ConvertedBlock(source, None, _with_trained(source, i, fitted),
                              {**report, "joint_kl": error})
+
+
+@torch.no_grad()
+def resampled_rows(
+    config: LlamaConfig, weights: Weights, tokens_BT: Tensor, copies: int, seed: int, device
+) -> Tensor:
+    """More text of the same kind: (copies · B, T), each row with half of its tokens replaced.
+
+    What replaces them is drawn from what the source predicts there, given the row as it is. Such
+    text reads badly, but any text will do on which a source can be watched; and it takes one
+    forward for all tokens at once, where the model's own writing takes one for each.
+    """
+    x_BTD = embed(weights, tokens_BT, device, torch.float32)
+    for i in range(config.num_hidden_layers):
+        _run_block_(config, read_block(weights, i, device), x_BTD)
+    readout, generator = _readout(config, weights, x_BTD), torch.Generator().manual_seed(seed)
+    found = []
+    for x_TD, tokens_T in zip(x_BTD, tokens_BT, strict=True):
+        chance_TV = torch.cat([readout(x).softmax(-1).cpu() for x in x_TD[:-1].split(256)])
+        drawn_CT = torch.multinomial(chance_TV, copies, replacement=True, generator=generator).mT
+        keep_CT = torch.rand(drawn_CT.shape, generator=generator) < 0.5
+        rest_CT = torch.where(keep_CT, tokens_T[1:], drawn_CT)
+        found.append(torch.cat([tokens_T[:1].expand(copies, 1), rest_CT], dim=1))
+    return torch.stack(found, dim=1).flatten(0, 1)
 
 
 def _with_trained(block: Weights, i: int, trained: Weights) -> dict[str, Tensor]:
@@ -1204,17 +1231,17 @@ def _with_trained(block: Weights, i: int, trained: Weights) -> dict[str, Tensor]
 
 def _fit(
     weights: Weights, loss: Callable[[Weights, Tensor], Tensor], rate: float, tokens_BT: Tensor,
-    seed: int, bar: str = ""
+    epochs: int, seed: int, bar: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Minimise `loss(weights, rows)` by Adam; returns (weights, {"before", "after"}).
 
-    The first tenth of the rows is held out and the loss measured there, with the weights rounded
-    to their dtype; if it does not fall, or is not finite, the weights stay as they were.
+    The first of 40 rows is held out and the loss measured there, with the weights rounded to their
+    dtype; if it does not fall, or is not finite, the weights stay as they were.
     """
     size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
-    held_out, rows = torch.arange(len(tokens_BT)).tensor_split([max(1, len(tokens_BT) // 10)])
+    held_out, rows = torch.arange(len(tokens_BT)).tensor_split([math.ceil(len(tokens_BT) / 40)])
     generator = torch.Generator().manual_seed(seed)
-    batches = [batch for _ in range(_epochs(tokens_BT.numel()))
+    batches = [batch for _ in range(epochs)
                for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
     new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
     rates = _rates(weights, rate)
@@ -1222,8 +1249,9 @@ def _fit(
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15)
     for step, batch in enumerate(progress(batches, bar, len(batches)) if bar else batches):
-        with torch.enable_grad():
-            loss(new, batch).backward()
+        with torch.enable_grad(), _fast_products(new):
+            error = loss(new, batch)
+        error.backward()
         for group in adam.param_groups:
             group["lr"] = rates[group["name"]] * lr_factor(step, len(batches))
         adam.step()
@@ -1236,12 +1264,21 @@ def _fit(
     return fitted, {"before": before, "after": after}
 
 
-def _epochs(n_tokens: int) -> int:
-    """Passes over the calibration tokens: 5 of 16,384, 2 of 65,536, 1 of 262,144 and more.
+def _fast_products(weights: Weights) -> torch.autocast:
+    """Within it matrix products are made in bf16, if the device of the weights gains by that."""
+    device, wide = next((w.device, w.shape[-1] >= 256) for w in weights.values())
+    cpu_features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+            else cpu_features.get("avx512_bf16") or cpu_features.get("amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=wide and bool(fast))
 
-    Of few tokens more is learned by seeing them again; the steps grow with the root of the tokens.
+
+def _refit_epochs(n_tokens: int) -> int:
+    """Passes of a block's refit: 5 over 40,000 tokens, 4 over 65,536, 2 over 262,144, 1 over 2 M.
+
+    What is gained by seeing text again is less with much text: steps grow with its square root.
     """
-    return max(1, min(5, round(5 * math.sqrt(16_384 / n_tokens))))
+    return max(1, min(5, round(4 * math.sqrt(65_536 / n_tokens))))
 
 
 def _rates(weights: Weights, rate: float) -> dict[str, float]:
@@ -1327,6 +1364,7 @@ def convert(
     _check_new_directory(out_dir, size)
     rows, held_out = text_rows(model_dir, config, corpus, method.seed)
     check_calibration_rows(rows, method)
+    copies = _resampled_copies(config, rows) if method.refit or method.joint else 0
     report = {
         "source": str(Path(model_dir).resolve()),
         "text": {"calibration": str(_paths(corpus.files)),
@@ -1337,19 +1375,31 @@ def convert(
         "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
         "kv_cache_bytes_per_token": {"source": kv_cache_bytes(config, weights),
                                      "converted": kv_cache_bytes(new_config, weights)},
-        "tokens": {"calibration": rows.numel(), "held_out": held_out.numel(),
-                   "seq_len": rows.shape[1]},
-        "memory_estimate_bytes": _memory_needed(config, rows, held_out, dtype, method),
+        "tokens": {"calibration": rows.numel(), "resampled": copies * rows.numel(),
+                   "held_out": held_out.numel(), "seq_len": rows.shape[1]},
+        "memory_estimate_bytes": _memory_needed(
+            config, rows.repeat(copies + 1, 1), held_out, dtype, method),
         "disk_bytes": size,
     }
     log(_plan_line(report))
     if dry_run:
         return report
     with new_checkpoint(out_dir, new_config, size, tokenizer_from=model_dir) as writer:
+        if copies:
+            rows = torch.cat([rows, resampled_rows(
+                config, weights, rows, copies, method.seed, place)])
         x_BTD = embed(weights, rows, place, dtype)
         report |= _convert_and_measure(writer, config, weights, rows, x_BTD, held_out, method)
         write_json(writer.folder / "mha2gqa.json", report)
     return report
+
+
+def _resampled_copies(config: LlamaConfig, rows: Tensor) -> int:
+    """How many times the rows are resampled for a refit: to 100 tokens for each unit of width.
+
+    A block's attention has some 4 D² weights, and a token tells D numbers.
+    """
+    return min(math.ceil(100 * config.hidden_size / rows.numel()) - 1, 7)
 
 
 def _convert_and_measure(
@@ -2024,13 +2074,16 @@ def _memory_needed(
 def _plan_line(report: Mapping[str, Any]) -> str:
     """One line: what a conversion will do, and the memory and disk it takes."""
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
+    steps = [f"align {method['align']}", *(name for name in ("refit", "joint") if method[name]),
+             f"group {method['group']}"]
+    if method["align"] != "linear":
+        steps.append(f"metric {method['metric']}")
+    resampled = f"{tokens['resampled']:,} resampled of them, " if tokens["resampled"] else ""
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
-        f"(align {method['align']}{', refit' * method['refit']}{', joint' * method['joint']}, "
-        f"group {method['group']}"
-        + (f", metric {method['metric']}" if method["align"] != "linear" else "") + "); "
-        f"{tokens['calibration']:,} tokens to calibrate, {tokens['held_out']:,} held out, in rows "
-        f"of {tokens['seq_len']:,}; about {gigabytes(report['memory_estimate_bytes'])} of memory "
+        f"({', '.join(steps)}); {tokens['calibration']:,} tokens to calibrate, {resampled}"
+        f"{tokens['held_out']:,} held out, in rows of {tokens['seq_len']:,}; "
+        f"about {gigabytes(report['memory_estimate_bytes'])} of memory "
         f"({report['forward']['device']}) and {gigabytes(report['disk_bytes'])} of disk"
     )
 

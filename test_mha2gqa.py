@@ -885,7 +885,7 @@ def test_refit_brings_a_block_back(dtype, longest):
     assert all(torch.equal(found[name], w) == name.startswith("mlp") for name, w in noisy.items())
     assert {w.dtype for w in found.values()} == {torch.float32}
     assert error["before"] == pytest.approx(
-        error_of(config, noisy, x[:80].float(), wanted[:80].float()), rel=1e-4)
+        error_of(config, noisy, x[:20].float(), wanted[:20].float()), rel=1e-4)
     short = [block_of(config, w, x_BTD[fresh])[:, 1:] - wanted_BTD[fresh, 1:]
              for w in (noisy, found)]
     assert short[1].square().sum() < 0.3 * short[0].square().sum()
@@ -941,6 +941,32 @@ def test_joint_refit_trains_attention_and_norms_of_all_blocks(trained, tmp_path)
     for name in weights[0]:
         trainable = "self_attn" in name or "layernorm" in name
         assert torch.equal(*(w[name] for w in weights)) != trainable, name
+
+
+def test_resampled_rows_are_half_the_text_and_half_the_source_s_predictions():
+    config = config_of(tie_word_embeddings=False)
+    weights = random_weights(config)
+    weights["lm_head.weight"] = 1000 * weights["lm_head.weight"]  # one token is certain
+    tokens_BT = random_tokens(config, time=40)
+    found = m.resampled_rows(config, weights, tokens_BT, 3, seed=0, device="cpu")
+    assert found.shape == (3 * len(tokens_BT), 40) and found.dtype == torch.int64
+    assert torch.equal(found[:, 0], tokens_BT[:, 0].repeat(3))
+    predicted = torch.cat([tokens_BT[:, :1], logits_of(config, weights, tokens_BT).argmax(-1)], 1)
+    text, drawn = tokens_BT.repeat(3, 1), predicted[:, :-1].repeat(3, 1)
+    assert ((found == text) | (found == drawn)).all()
+    assert 0.4 < (found == text).float().mean() < 0.65
+    again = m.resampled_rows(config, weights, tokens_BT, 3, seed=0, device="cpu")
+    other = m.resampled_rows(config, weights, tokens_BT, 3, seed=1, device="cpu")
+    assert torch.equal(found, again) and not torch.equal(found, other)
+
+
+def test_a_short_text_is_resampled_and_seen_more_often():
+    config = config_of(hidden_size=576, num_attention_heads=8)
+    copies = {n: m._resampled_copies(config, torch.zeros(n // 64, 64))
+              for n in (640, 16_384, 57_600, 65_536)}
+    assert copies == {640: 7, 16_384: 3, 57_600: 0, 65_536: 0}
+    epochs = [m._refit_epochs(n) for n in (1000, 40_000, 65_536, 262_144, 2_000_000, 10**9)]
+    assert epochs == [5, 5, 4, 2, 1, 1]
 
 
 # ---- 8 convert and evaluate ----------------------------------------------------------------------
@@ -1448,7 +1474,7 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     plan, *table = out.splitlines()
     assert re.match(r"2 blocks, 8 to 4 KV heads "
                     r"\(align linear, refit, joint, group energy\); "
-                    r"5,\d{3} tokens to calibrate, 576 held out, in rows of 32; "
+                    r"(5,\d{3}) tokens to calibrate, \1 resampled of them, 576 held out, in rows of 32; "
                     r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk$", plan)
     report = json.loads((tmp_path / "out/mha2gqa.json").read_text())
     converted = report["loss_nats_per_token"]["converted"]

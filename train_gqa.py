@@ -764,8 +764,13 @@ class Arguments:
 
     def __post_init__(self):
         # Masks mix keys and values, but linear alignment and a refit change other weights, too.
-        if self.method.refit or self.method.align == "linear":
+        if self.teacher_is_converted:
             object.__setattr__(self, "no_masks", True)
+
+    @property
+    def teacher_is_converted(self) -> bool:
+        """Whether the student starts as the converted teacher, and not, as the paper's, source."""
+        return self.method.refit or self.method.align == "linear"
 
     @property
     def source_teaches(self) -> bool:
@@ -1020,9 +1025,10 @@ def run_stages(
             student, schedule.steps, schedule.mask_lr, schedule.seed)
         if not broadcast_from_rank_0(checkpoints(checkpoints_folder)):
             n_rows = max(2, args.calibration_tokens // data.train.tokens.shape[1])
-            blocks = student_blocks(source, data.train[:n_rows].to(device), args.kv_heads,
+            start = tuned if args.teacher_is_converted else source
+            blocks = student_blocks(start, data.train[:n_rows].to(device), args.kv_heads,
                                     args.method, fading=not args.no_masks)
-            load_sharded(student, blocks, non_block)
+            load_sharded(student, blocks, mha2gqa.non_block_weights(start.weights))
             if masks:
                 masks.hold(0.0, device)
             report.meter.lap("convert")
