@@ -43,6 +43,7 @@ import argparse
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -58,7 +59,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -1127,12 +1128,12 @@ def refit_block(
         return _hidden_state_error(y_BTD, target_BTD[rows])
 
     tokens_BT = x_BTD[..., 0]  # only its shape counts
-    fitted, error_of = _fit(_attention(weights), error, _REFIT_RATE, tokens_BT,
+    fitted, error_of = _fit(_refitted(weights), error, _REFIT_RATE, tokens_BT,
                             _refit_epochs(tokens_BT.numel()), seed)
     return {**weights, **fitted}, error_of
 
 
-def _attention(weights: Weights) -> dict[str, Tensor]:
+def _refitted(weights: Weights) -> dict[str, Tensor]:
     """Those of a block's weights that a refit trains: attention and the norms.
 
     The MLPs are two thirds of a model. They have lost nothing, and take more tokens to train.
@@ -1155,30 +1156,33 @@ def _hidden_state_error(y_BTD: Tensor, target_BTD: Tensor) -> Tensor:
 @torch.no_grad()
 def joint_refit(
     config: LlamaConfig, weights: Weights, blocks: Iterable[ConvertedBlock], tokens_BT: Tensor,
-    target_BTD: Tensor, method: Method, lap: Callable[[str], None] = lambda stage: None
-) -> Iterator[ConvertedBlock]:
-    """Train attention and norms of all converted blocks together; yields the blocks again.
+    target_BTD: Tensor, kv_heads: int, seed: int
+) -> tuple[Iterator[ConvertedBlock], dict[str, float]]:
+    """Train attention and norms of all converted blocks together.
 
         minimise  the mean over tokens of KL(source ‖ converted), see `kl_loss`
 
     A block alone cannot know which of its errors the output will notice. One pass over the tokens:
-    of logits, unlike hidden states, all that a second one learns are these tokens by heart.
+    in a second one the KL on other text rose (the hidden states of a block bear several).
     config, weights: the source's. blocks: as from `converted_blocks`, which leaves in its `x_BTD`
-    what is the target here, the source's hidden states after the last block. Memory: 16 bytes for
-    each weight that is trained, and one block; it is run again in the backward pass (Chen et al.
-    2016). Each report gets "joint_kl", before and after, see `_fit`.
+    what is the target here, the source's hidden states after the last block. Each row is one
+    document. Returns (the blocks again, KL in nats/token before and after, see `_fit`).
+    Memory: some 20 bytes for each weight that is trained, and one block, which is run again in the
+    backward pass (Chen et al. 2016).
     """
-    reports, start = [], cast(dict[str, Tensor], {})
-    new_config, device = config, target_BTD.device
+    reports: list[dict[str, Any]] = []
+    start: dict[str, Tensor] = {}
     for i, block in enumerate(blocks):
         reports.append(block.report)
-        start |= {block_prefix(i) + n: w for n, w in _attention(block.converted).items()}
-        new_config = gqa_config(config, len(block.report["groups"]))
-    empty = _empty_block(new_config)
+        start |= {block_prefix(i) + n: w for n, w in _refitted(block.converted).items()}
+        del block  # it would outlive the loop
+    device, empty = target_BTD.device, _empty_block(gqa_config(config, kv_heads))
     readout = _readout(config, weights, at_least_float32(target_BTD[:1]))
 
     def run(i, trained, x_BTD):
-        return _forward(empty, _with_trained(read_block(weights, i, device), i, trained), x_BTD)
+        block = {name: trained.get(block_prefix(i) + name, w)
+                 for name, w in block_weights(weights, i).items()}
+        return _forward(empty, {name: w.to(device) for name, w in block.items()}, x_BTD)
 
     def sum_of_kl(x_ND, target_ND):
         return kl_loss(readout(x_ND), readout(target_ND)).sum()
@@ -1192,12 +1196,14 @@ def joint_refit(
         return sum(checkpoint(sum_of_kl, *chunk, use_reentrant=False)
                    for chunk in zip(*chunks, strict=True)) / x_BTD[..., 0].numel()
 
-    fitted, error = _fit(start, kl, _JOINT_RATE, tokens_BT, 1, method.seed, bar="joint refit")
-    lap("joint refit")
-    for i, report in enumerate(reports):
+    fitted, error = _fit(start, kl, _JOINT_RATE, tokens_BT, 1, seed, bar="joint refit")
+
+    def block_with_report(i, report):
         source = read_block(weights, i, device)
-        yield ConvertedBlock(source, None, _with_trained(source, i, fitted),
-                             {**report, "joint_kl": error})
+        converted = {name: fitted.get(block_prefix(i) + name, w) for name, w in source.items()}
+        return ConvertedBlock(source, None, converted, report)
+
+    return itertools.starmap(block_with_report, enumerate(reports)), error
 
 
 @torch.no_grad()
@@ -1207,26 +1213,21 @@ def resampled_rows(
     """More text of the same kind: (copies · B, T), each row with half of its tokens replaced.
 
     What replaces them is drawn from what the source predicts there, given the row as it is. Such
-    text reads badly, but any text will do on which a source can be watched; and it takes one
-    forward for all tokens at once, where the model's own writing takes one for each.
+    text reads badly, but served a refit as well as text that the model wrote from scratch; and it
+    takes one forward for all tokens at once, where writing takes one for each.
     """
     x_BTD = embed(weights, tokens_BT, device, torch.float32)
-    for i in range(config.num_hidden_layers):
+    for i in progress(range(config.num_hidden_layers), "resample", config.num_hidden_layers):
         _run_block_(config, read_block(weights, i, device), x_BTD)
     readout, generator = _readout(config, weights, x_BTD), torch.Generator().manual_seed(seed)
-    found = []
-    for x_TD, tokens_T in zip(x_BTD, tokens_BT, strict=True):
-        chance_TV = torch.cat([readout(x).softmax(-1).cpu() for x in x_TD[:-1].split(256)])
-        drawn_CT = torch.multinomial(chance_TV, copies, replacement=True, generator=generator).mT
-        keep_CT = torch.rand(drawn_CT.shape, generator=generator) < 0.5
-        rest_CT = torch.where(keep_CT, tokens_T[1:], drawn_CT)
-        found.append(torch.cat([tokens_T[:1].expand(copies, 1), rest_CT], dim=1))
-    return torch.stack(found, dim=1).flatten(0, 1)
-
-
-def _with_trained(block: Weights, i: int, trained: Weights) -> dict[str, Tensor]:
-    """Block i's weights, those that are among `trained` from there."""
-    return {name: trained.get(block_prefix(i) + name, w) for name, w in block.items()}
+    found_CBT = tokens_BT.repeat(copies, 1, 1)
+    for b, x_TD in enumerate(x_BTD):
+        drawn_CT = torch.cat([
+            torch.multinomial(readout(x).softmax(-1).cpu(), copies, True, generator=generator)
+            for x in x_TD[:-1].split(256)]).mT
+        replace_CT = torch.rand(drawn_CT.shape, generator=generator) < 0.5
+        found_CBT[:, b, 1:][replace_CT] = drawn_CT[replace_CT]
+    return found_CBT.flatten(0, 1)
 
 
 def _fit(
@@ -1235,11 +1236,11 @@ def _fit(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Minimise `loss(weights, rows)` by Adam; returns (weights, {"before", "after"}).
 
-    The first of 40 rows is held out and the loss measured there, with the weights rounded to their
-    dtype; if it does not fall, or is not finite, the weights stay as they were.
+    The first fortieth of the rows is held out and the loss measured there, with the weights rounded
+    to their dtype; if it does not fall, or is not finite, the weights stay as they were.
     """
     size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
-    held_out, rows = torch.arange(len(tokens_BT)).tensor_split([math.ceil(len(tokens_BT) / 40)])
+    held_out, rows = torch.arange(len(tokens_BT)).tensor_split([_held_out_rows(len(tokens_BT))])
     generator = torch.Generator().manual_seed(seed)
     batches = [batch for _ in range(epochs)
                for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
@@ -1264,9 +1265,15 @@ def _fit(
     return fitted, {"before": before, "after": after}
 
 
+def _held_out_rows(n_rows: int) -> int:
+    """How many of the first rows a refit is judged by, and never trained on."""
+    return math.ceil(n_rows / 40)
+
+
 def _fast_products(weights: Weights) -> torch.autocast:
     """Within it matrix products are made in bf16, if the device of the weights gains by that."""
-    device, wide = next((w.device, w.shape[-1] >= 256) for w in weights.values())
+    device = next(w.device for w in weights.values())
+    wide = max(w.shape[-1] for w in weights.values()) >= 256
     cpu_features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
             else cpu_features.get("avx512_bf16") or cpu_features.get("amx_bf16"))
@@ -1276,7 +1283,8 @@ def _fast_products(weights: Weights) -> torch.autocast:
 def _refit_epochs(n_tokens: int) -> int:
     """Passes of a block's refit: 5 over 40,000 tokens, 4 over 65,536, 2 over 262,144, 1 over 2 M.
 
-    What is gained by seeing text again is less with much text: steps grow with its square root.
+    In between, steps grow with the square root of the tokens: with much text, less is gained by
+    seeing it again.
     """
     return max(1, min(5, round(4 * math.sqrt(65_536 / n_tokens))))
 
@@ -1349,8 +1357,8 @@ def convert(
 
     corpus: a `Corpus`, or just its files. dtype: of the forward; the output keeps the source's.
     `log` is called with the line that says what will be done; `dry_run` ends there, after all
-    checks. Memory holds one block and the tokens' hidden states, however deep the model; for the
-    joint refit also 16 bytes for each weight of attention.
+    checks. Memory holds one block and the tokens' hidden states, however deep the model; in the
+    joint refit some 20 bytes for each weight of attention, too.
 
     `out_dir` becomes a Hugging Face directory with `mha2gqa.json`, the report: losses in
     nats/token, sizes in bytes, times in seconds. It is there whole or not at all. Raises
@@ -1364,7 +1372,7 @@ def convert(
     _check_new_directory(out_dir, size)
     rows, held_out = text_rows(model_dir, config, corpus, method.seed)
     check_calibration_rows(rows, method)
-    copies = _resampled_copies(config, rows) if method.refit or method.joint else 0
+    copies = _resampled_copies(config, rows, method)
     report = {
         "source": str(Path(model_dir).resolve()),
         "text": {"calibration": str(_paths(corpus.files)),
@@ -1375,7 +1383,7 @@ def convert(
         "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
         "kv_cache_bytes_per_token": {"source": kv_cache_bytes(config, weights),
                                      "converted": kv_cache_bytes(new_config, weights)},
-        "tokens": {"calibration": rows.numel(), "resampled": copies * rows.numel(),
+        "tokens": {"calibration": rows.numel(), "refit": (copies + 1) * rows.numel(),
                    "held_out": held_out.numel(), "seq_len": rows.shape[1]},
         "memory_estimate_bytes": _memory_needed(
             config, rows.repeat(copies + 1, 1), held_out, dtype, method),
@@ -1385,43 +1393,53 @@ def convert(
     if dry_run:
         return report
     with new_checkpoint(out_dir, new_config, size, tokenizer_from=model_dir) as writer:
-        if copies:
-            rows = torch.cat([rows, resampled_rows(
-                config, weights, rows, copies, method.seed, place)])
-        x_BTD = embed(weights, rows, place, dtype)
-        report |= _convert_and_measure(writer, config, weights, rows, x_BTD, held_out, method)
+        like = torch.empty(0, device=place, dtype=dtype)
+        report |= _convert_and_measure(writer, config, weights, rows, held_out, method, like)
         write_json(writer.folder / "mha2gqa.json", report)
     return report
 
 
-def _resampled_copies(config: LlamaConfig, rows: Tensor) -> int:
+def _resampled_copies(config: LlamaConfig, rows: Tensor, method: Method) -> int:
     """How many times the rows are resampled for a refit: to 100 tokens for each unit of width.
 
-    A block's attention has some 4 D² weights, and a token tells D numbers.
+    Attention has some 4 D² weights a block, and a token tells D numbers; 7 times at most.
     """
+    if not (method.refit or method.joint):
+        return 0
     return min(math.ceil(100 * config.hidden_size / rows.numel()) - 1, 7)
 
 
 def _convert_and_measure(
     writer: "CheckpointWriter", config: LlamaConfig, weights: Weights, tokens_BT: Tensor,
-    x_BTD: Tensor, held_out_BT: Tensor, method: Method
+    held_out_BT: Tensor, method: Method, like: Tensor
 ) -> dict[str, Any]:
     """Write the converted blocks, and run the held-out tokens through three models at once.
 
-    tokens, x: the calibration rows and their embedding. Returns what was measured: loss and KL of
-    the source, of its mean-pooled and of its converted model, seconds, memory, and each block's
-    report with "hidden_state_error", that of the written model on the held-out rows.
+    tokens: the calibration rows. like: on the device and of the dtype to compute with. Returns what
+    was measured: loss and KL of the source, of its mean-pooled and of its converted model, seconds,
+    memory, and each block's report with "hidden_state_error", that of the written model on the
+    held-out rows.
     """
+    device, meter = like.device, Meter(like.device)
+    if copies := _resampled_copies(config, tokens_BT, method):
+        # None of the rows that a refit is judged by: their copies would be trained on.
+        of = tokens_BT[_held_out_rows((copies + 1) * len(tokens_BT)):]
+        more = resampled_rows(config, weights, of, copies, method.seed, device)
+        tokens_BT = torch.cat([tokens_BT, more])
+        meter.lap("resample")
+    x_BTD = embed(weights, tokens_BT, device, like.dtype)
     non_block, new_config = non_block_weights(weights), writer.config
     _check_finite(non_block)
     kv_heads, n_layers = new_config.num_key_value_heads, config.num_hidden_layers
     source_x = embed(weights, held_out_BT, x_BTD.device, x_BTD.dtype)
     pooled_x, converted_x = source_x.clone(), source_x.clone()
-    meter, reports = Meter(x_BTD.device), []
+    reports, found = [], {}
     blocks: Iterable[ConvertedBlock] = progress(converted_blocks(
         config, weights, x_BTD, kv_heads, method, lap=meter.lap), "blocks", n_layers)
     if method.joint:
-        blocks = joint_refit(config, weights, blocks, tokens_BT, x_BTD, method, meter.lap)
+        blocks, found["joint_kl"] = joint_refit(
+            config, weights, blocks, tokens_BT, x_BTD, kv_heads, method.seed)
+        meter.lap("joint refit")
     for i, block in enumerate(blocks):
         _check_finite(block.converted, f"converted {block_prefix(i)}")
         pooled = _as_dtypes_of(block.source, merge(block.source, config, kv_heads))
@@ -1440,7 +1458,7 @@ def _convert_and_measure(
     meter.lap("write")
     means = {name: _mean([report[name] for report in reports])
              for name in reports[0] if name != "groups"}
-    return {"loss_nats_per_token": loss, "kl_nats_per_token": kl, **means,
+    return {"loss_nats_per_token": loss, "kl_nats_per_token": kl, **means, **found,
             "seconds": {**meter.seconds, "total": sum(meter.seconds.values())},
             "peak_memory_bytes": meter.peak_memory, "layers": reports}
 
@@ -1919,7 +1937,7 @@ def row_length(config: LlamaConfig, seq_len: int | None) -> int:
 
 def check_calibration_rows(rows_BT: Tensor, method: Method) -> None:
     """Raise ValueError if a refit has not at least one row to train on, and one to hold out."""
-    if method.refit and len(rows_BT) < 2:
+    if (method.refit or method.joint) and len(rows_BT) < 2:
         raise ValueError(f"2 rows of {rows_BT.shape[1]} tokens are needed to calibrate with, found "
                          f"{len(rows_BT)}; more text, a smaller --seq-len, or --no-refit")
 
@@ -2065,9 +2083,8 @@ def _memory_needed(
     head = config.vocab_size * (d * size + 8 * 256 * 4)  # and logits of 256 tokens
     joint = 0
     if method.joint:
-        n_layers = config.num_hidden_layers
-        joint = (4 * (4 * attention + step * d) * n_layers + backward
-                 + 4 * config.vocab_size * (d + 8 * 256))
+        layers = (5 * attention + step * d) * config.num_hidden_layers
+        joint = 4 * (layers + 2 * mlp + config.vocab_size * (2 * d + 8 * 256)) + backward
     return 300_000_000 + streams + max(block, head, joint)  # 0.3 GB: Python and torch themselves
 
 
@@ -2078,7 +2095,8 @@ def _plan_line(report: Mapping[str, Any]) -> str:
              f"group {method['group']}"]
     if method["align"] != "linear":
         steps.append(f"metric {method['metric']}")
-    resampled = f"{tokens['resampled']:,} resampled of them, " if tokens["resampled"] else ""
+    longer = tokens["refit"] > tokens["calibration"]
+    resampled = f"resampled to {tokens['refit']:,}, " * longer
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
         f"({', '.join(steps)}); {tokens['calibration']:,} tokens to calibrate, {resampled}"
@@ -2162,8 +2180,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group", choices=Method.CHOICES["group"],
         help="group heads by this: the least energy lost, similarity of values or keys, or none "
         "(default: energy, value, adjacent for --align linear, rotation, none)")
-    add("--refit", action=argparse.BooleanOptionalAction, help="train each block's attention to "
-        "reproduce the source's hidden states (default: with --align linear)")
+    add("--refit", action=argparse.BooleanOptionalAction, help="train each block's attention and "
+        "norms to reproduce the source's hidden states (default: with --align linear)")
     add("--metric", choices=Method.CHOICES["metric"], default=Method.metric,
         help="similarity: minus the mean square distance (default), or the mean cosine (for "
         "--align rotation or none)")
@@ -2197,8 +2215,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seq-len", type=int, metavar="N",
         help="tokens per row (default: 2048, or the model's context if that is less)")
     add_method_arguments(parser)
-    add("--joint", action=argparse.BooleanOptionalAction, help="then train attention of all blocks "
-        "together to reproduce its predictions (default: with a refit)")
+    add("--joint", action=argparse.BooleanOptionalAction, help="at last train attention and norms "
+        "of all blocks together to reproduce the source's predictions (default: with a refit)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dry-run", action="store_true", help="check the input, say what would be done, and end")
     add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
@@ -2229,7 +2247,7 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
         for name, s in report["similarity_inside_groups"].items():
             print(f"  {name + 's':<12}{s['before']:8.4f} -> {s['after']:.4f}")
     for name, what in (("refit", "error of a block's hidden states, before and after its refit"),
-                       ("joint_kl", "KL to the source, before and after the joint refit")):
+                       ("joint_kl", "KL on calibration rows, before and after the joint refit")):
         if name in report:
             mean = report[name]
             print(f"{what}\n  {'mean':<12}{mean['before']:8.4f} -> {mean['after']:.4f}")

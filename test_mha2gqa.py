@@ -962,9 +962,10 @@ def test_resampled_rows_are_half_the_text_and_half_the_source_s_predictions():
 
 def test_a_short_text_is_resampled_and_seen_more_often():
     config = config_of(hidden_size=576, num_attention_heads=8)
-    copies = {n: m._resampled_copies(config, torch.zeros(n // 64, 64))
+    copies = {n: m._resampled_copies(config, torch.zeros(n // 64, 64), m.Method())
               for n in (640, 16_384, 57_600, 65_536)}
     assert copies == {640: 7, 16_384: 3, 57_600: 0, 65_536: 0}
+    assert m._resampled_copies(config, torch.zeros(10, 64), m.Method(refit=False)) == 0
     epochs = [m._refit_epochs(n) for n in (1000, 40_000, 65_536, 262_144, 2_000_000, 10**9)]
     assert epochs == [5, 5, 4, 2, 1, 1]
 
@@ -1474,7 +1475,8 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     plan, *table = out.splitlines()
     assert re.match(r"2 blocks, 8 to 4 KV heads "
                     r"\(align linear, refit, joint, group energy\); "
-                    r"(5,\d{3}) tokens to calibrate, \1 resampled of them, 576 held out, in rows of 32; "
+                    r"5,\d{3} tokens to calibrate, resampled to 10,\d{3}, 576 held out, "
+                    r"in rows of 32; "
                     r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk$", plan)
     report = json.loads((tmp_path / "out/mha2gqa.json").read_text())
     converted = report["loss_nats_per_token"]["converted"]
@@ -2063,7 +2065,10 @@ BAD_TRAINING = {
     "no such text": (["--text", "/nowhere.txt"], "/nowhere.txt: no such file"),
     "no tasks": (["--tasks", "."], "holds none of the folders boolq, piqa"),
     "no such teacher": (["--teacher", "/nowhere"], "/nowhere: no such directory"),
-    "teacher of another vocabulary": (["--teacher", "{other}"], "other: its vocabulary has 97"),
+    "teacher of another vocabulary": (["--teacher", "{other}"],
+                                      "other: its vocab_size is 97, the model's 384: it cannot"),
+    "teacher of another shape": (["--align", "linear", "--teacher", "{trained}/gqa"],
+                                 "gqa: its num_key_value_heads is 4, the model's 8: it cannot"),
     "rows too long": (["--seq-len", "65"], "sequence length 65: expected 2 to 64"),
     "no steps": (["--steps", "0"], "--steps 0: expected more than 0"),
     "a negative rate": (["--lr", "-1"], "--lr -1.0: expected more than 0"),
@@ -2296,6 +2301,15 @@ def test_tasks_with_text_and_a_teacher_by_two_processes(trained, tuned, task_arg
     assert abs(scores["teacher"]["kl"]) < 1e-6 < scores["source"]["kl"]
 
 
+@pytest.mark.slow
+def test_with_a_refit_the_teacher_is_what_is_converted(trained, tuned, task_arguments, tmp_path):
+    out = tmp_path / "out"
+    train_run([*task_arguments, "--out", out, "--teacher", tuned[0] / "teacher", "--text",
+               trained / "short.jsonl", "--align", "linear"])
+    scores = json.loads((out / "report.json").read_text())["scores"]
+    assert scores["converted"]["kl"] < 0.7 * scores["source"]["kl"] < scores["mean-pool"]["kl"]
+
+
 TASK_RECORDS = {
     "boolq": [{"question": "is it", "passage": "P.", "answer": True},
               {"question": "is it", "passage": "P.", "label": 1}],
@@ -2386,16 +2400,15 @@ def test_masks_are_shifted_onto_their_target(target):
 
 
 def test_rates_by_width_length_and_start():
-    def rates(steps, width, refit=False, **more):
+    def rates(steps, width, refit=False, stage="distill", **more):
         method = m.Method(align="rotation", refit=refit)
         args = train_gqa.Arguments(model="", kv_heads=1, out=Path(), method=method, **more)
-        return train_gqa.learning_rates(args, width, steps)
+        return train_gqa.learning_rates(args, stage, width, steps)
 
     assert rates(20_000, 4096) == pytest.approx((1e-5, 1e-2))  # the paper's
     assert rates(100, 1024) == pytest.approx((4e-4, 1.0))
     assert rates(100, 1024, refit=True) == pytest.approx((5e-5, 1.0))
-    assert rates(100, 1024, refit=True, tasks="DIR") == pytest.approx((4e-4, 1.0))
-    assert rates(100, 1024, refit=True, tasks="DIR", sft_epochs=0) == pytest.approx((5e-5, 1.0))
+    assert rates(100, 1024, refit=True, stage="fine-tune") == pytest.approx((4e-4, 1.0))
     assert rates(1000, 4096, refit=True) == pytest.approx((1e-5, 0.1))
     assert rates(1, 64) == pytest.approx((3e-3, 100.0))
     assert rates(100, 1024, refit=True, lr=0.1) == pytest.approx((0.1, 1.0))

@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 8 train_gqa.py --model MODEL --kv-heads 8 --tasks DIR --out OUT
 
 The program around mha2gqa.py, after Jin et al. 2024 (arXiv 2412.20677). The teacher is the source
-fine-tuned on the tasks, or the source itself. The student starts as the converted model, and KL and
-BiLD pull its logits to the teacher's. Or, the paper's way (--align rotation, no refit), the student
-starts as the source with its heads rotated, and hard-concrete masks let its key and value heads
-fade into the new shared ones.
+fine-tuned on the tasks, or the source itself. The student starts as the converted teacher, and KL
+and BiLD pull its logits to the teacher's. Or, the paper's way (--align rotation, no refit), the
+student starts as the source with its heads rotated, and hard-concrete masks let its key and value
+heads fade into the new shared ones.
 
 Every batch, and the random numbers of the masks, are pure functions of (seed, step). So the result
 depends, up to rounding, neither on the number of processes nor on where a run was interrupted, and
@@ -843,17 +843,19 @@ class Report:
             free_memory()
 
 
-def learning_rates(args: Arguments, hidden_size: int, steps: int) -> tuple[float, float]:
-    """Learning rates of model and masks for a training of so many steps.
+def learning_rates(
+    args: Arguments, stage: str, hidden_size: int, steps: int
+) -> tuple[float, float]:
+    """Learning rates of model and masks for a stage of so many steps.
 
     The paper's, 1e-5 and 1e-2, are for a model 4,096 wide and some 10,000 steps; narrower ones and
     shorter runs need more: 1e-5 · 4096/D · √(10⁴/steps), 3e-3 at most, and 1e-2 · 10⁴/steps, so
-    that a mask can move as far. A refitted student whose teacher is the source starts so near it
-    that such steps would lead away: an eighth, but 1e-5 at least.
+    that a mask can move as far. A refitted student starts so near its teacher that such steps would
+    lead away: an eighth, but 1e-5 at least.
     """
     short = max(1.0, 10_000 / steps)
     lr = min(3e-3, 1e-5 * max(1.0, 4096 / hidden_size) * short**0.5)
-    if args.method.refit and args.source_teaches:
+    if args.method.refit and stage == "distill":
         lr = max(1e-5, lr / 8)
     return args.lr or lr, args.mask_lr or 1e-2 * short
 
@@ -869,7 +871,7 @@ def make_schedule(
                          f"choose a multiple of {seq_len * n}")
     epochs, steps = (args.epochs, args.steps) if stage == "distill" else (args.sft_epochs, None)
     steps = steps or math.ceil(epochs * len(data) / size)
-    rates = learning_rates(args, config.hidden_size, steps)
+    rates = learning_rates(args, stage, config.hidden_size, steps)
     return Schedule(stage, steps, size, *rates, args.method.seed, args.save_every)
 
 
@@ -916,7 +918,7 @@ def read_input(args: Arguments, device: torch.device) -> tuple[Checkpoint, Data,
     source = Checkpoint.open(args.model)
     config, new_config = source.config, mha2gqa.gqa_config(source.config, args.kv_heads)
     if args.teacher:
-        open_teacher(args.teacher, config)
+        open_teacher(args, config)
     data = load_data(args, source)
     mha2gqa.check_calibration_rows(data.train.tokens, args.method)
     schedule = make_schedule(args, "distill", config, data.train)
@@ -948,12 +950,19 @@ def check_disk(out: Path, needed: int) -> None:
                          "on the disk")
 
 
-def open_teacher(path: str | Path, config: mha2gqa.LlamaConfig) -> Checkpoint:
-    """A teacher's checkpoint; raises ValueError if its vocabulary is of another size."""
-    teacher = Checkpoint.open(path)
-    if teacher.config.vocab_size != config.vocab_size:
-        raise ValueError(f"{path}: its vocabulary has {teacher.config.vocab_size} tokens, the "
-                         f"model's has {config.vocab_size}: it cannot be the teacher")
+def open_teacher(args: Arguments, config: mha2gqa.LlamaConfig) -> Checkpoint:
+    """The checkpoint of --teacher; raises ValueError if it does not fit the source's config.
+
+    Its vocabulary must; and all that shapes the model, if it is the one to be converted.
+    """
+    teacher = Checkpoint.open(cast(str, args.teacher))
+    free = {"max_position_embeddings", "bos_token_id", "eos_token_id"}
+    for field in dataclasses.fields(config):
+        found, expected = (getattr(c, field.name) for c in (teacher.config, config))
+        checked = field.name == "vocab_size" or args.teacher_is_converted and field.compare
+        if checked and field.name not in free and found != expected:
+            raise ValueError(f"{args.teacher}: its {field.name} is {found}, the model's "
+                             f"{expected}: it cannot be the teacher")
     return teacher
 
 
@@ -972,21 +981,21 @@ def fine_tuned_teacher(
         free_memory()
     if is_rank_0():
         shutil.rmtree(sft, ignore_errors=True)
-    return open_teacher(folder, source.config)
+    return Checkpoint.open(folder)
 
 
 @torch.no_grad()
 def student_blocks(
-    source: Checkpoint, rows: TokenBatch, kv_heads: int, method: mha2gqa.Method, fading: bool
+    start: Checkpoint, rows: TokenBatch, kv_heads: int, method: mha2gqa.Method, fading: bool
 ) -> Iterator[dict[str, Tensor]]:
     """The converted blocks; if `fading` the rotated blocks with the new KV heads beside the old.
 
     rows: to calibrate with, on the device that computes.
     """
-    x_BTD = mha2gqa.embed(source.weights, rows.tokens, rows.tokens.device, torch.float32)
+    x_BTD = mha2gqa.embed(start.weights, rows.tokens, rows.tokens.device, torch.float32)
     blocks = mha2gqa.converted_blocks(
-        source.config, source.weights, x_BTD, kv_heads, method, rows.document)
-    for block in progress(blocks, "convert", source.config.num_hidden_layers):
+        start.config, start.weights, x_BTD, kv_heads, method, rows.document)
+    for block in progress(blocks, "convert", start.config.num_hidden_layers):
         new = {name.replace("_proj.", "_proj.new."): w for name, w in block.converted.items()
                if "k_proj" in name or "v_proj" in name}
         yield block.aligned | new if fading else block.converted
@@ -999,14 +1008,13 @@ def run_stages(
     """The whole run; the result is OUT/gqa, measurements go into the report."""
     config = source.config
     new_config = mha2gqa.gqa_config(config, args.kv_heads)
-    non_block = mha2gqa.non_block_weights(source.weights)
     report.content["kv_cache_bytes_per_token"] = {
         "source": mha2gqa.kv_cache_bytes(config, source.weights),
         "converted": mha2gqa.kv_cache_bytes(new_config, source.weights)}
     if args.source_teaches:
         tuned = source
     elif args.teacher:
-        tuned = open_teacher(args.teacher, config)
+        tuned = open_teacher(args, config)
     else:
         tuned = fine_tuned_teacher(args, source, data.train, device)
         report.meter.lap("fine-tune")
@@ -1014,7 +1022,9 @@ def run_stages(
     report.score("source", data, teacher, lambda: frozen_checkpoint(source, device))
     if not args.source_teaches:
         report.score("teacher", data, teacher, lambda: teacher)
-    pooled = (mha2gqa.merge(block, config, args.kv_heads) for block in source.blocks())
+    start = tuned if args.teacher_is_converted else source
+    non_block = mha2gqa.non_block_weights(start.weights)
+    pooled = (mha2gqa.merge(block, config, args.kv_heads) for block in start.blocks())
     report.score("mean-pool", data, teacher,
                  lambda: frozen_model(new_config, pooled, non_block, device))
     result, checkpoints_folder = args.out / "gqa", args.out / "checkpoints"
@@ -1025,10 +1035,9 @@ def run_stages(
             student, schedule.steps, schedule.mask_lr, schedule.seed)
         if not broadcast_from_rank_0(checkpoints(checkpoints_folder)):
             n_rows = max(2, args.calibration_tokens // data.train.tokens.shape[1])
-            start = tuned if args.teacher_is_converted else source
             blocks = student_blocks(start, data.train[:n_rows].to(device), args.kv_heads,
                                     args.method, fading=not args.no_masks)
-            load_sharded(student, blocks, mha2gqa.non_block_weights(start.weights))
+            load_sharded(student, blocks, non_block)
             if masks:
                 masks.hold(0.0, device)
             report.meter.lap("convert")
@@ -1291,8 +1300,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     add("--lr", type=float, help="of all training, after 32 steps of warm-up, then down "
         "to 0 in a cosine; default: 1e-5 * max(1, 4096/hidden_size) * sqrt(max(1, 10000/steps)): "
         "the paper's rate for its model and length, more for narrower models and shorter runs, "
-        "3e-3 at most; with --refit, if the source is the teacher, which is near then, an eighth "
-        "of it, 1e-5 at least")
+        "3e-3 at most; with --refit, which starts near the teacher, an eighth of it in the "
+        "distillation, 1e-5 at least")
     add("--mask-lr", type=float, help="of the masks' log alpha, constant; default: 1e-2 * max(1, "
         "10000/steps): the paper's, and more for shorter runs, so that a mask moves as far")
     add("--no-masks", action="store_true", help="the new heads alone from the first step, as "
