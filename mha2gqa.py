@@ -1497,11 +1497,10 @@ def _mean_scores(
     for row, tokens_T in enumerate(tokens_BT.to(streams["source"].device)):
         for at in range(0, n_predictions, 256):
             here = slice(at, min(at + 256, n_predictions))
-            source_TV = readout(streams["source"][row, here])
-            for name, x_BTD in streams.items():
-                logits_TV = at_least_float32(readout(x_BTD[row, here]))
-                loss[name] += F.cross_entropy(logits_TV, tokens_T[1:][here], reduction="sum").item()
-                kl[name] += kl_loss(logits_TV, source_TV).sum().item()
+            logits = {name: at_least_float32(readout(x[row, here])) for name, x in streams.items()}
+            for name, x_TV in logits.items():
+                loss[name] += F.cross_entropy(x_TV, tokens_T[1:][here], reduction="sum").item()
+                kl[name] += kl_loss(x_TV, logits["source"]).sum().item()
     n = n_rows * n_predictions
     return {k: v / n for k, v in loss.items()}, {k: v / n for k, v in kl.items()}
 
