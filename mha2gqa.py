@@ -1409,40 +1409,70 @@ def _resampled_copies(config: LlamaConfig, rows: Tensor, method: Method) -> int:
     return min(math.ceil(100 * config.hidden_size / rows.numel()) - 1, 7)
 
 
+def _with_resampled_rows(
+    config: LlamaConfig, weights: Weights, tokens_BT: Tensor, method: Method, device
+) -> Tensor:
+    """The rows and, behind them, their resampled copies.
+
+    None of the rows that a refit is judged by is copied: their copies would be trained on.
+    """
+    copies = _resampled_copies(config, tokens_BT, method)
+    if not copies:
+        return tokens_BT
+    of = tokens_BT[_held_out_rows((copies + 1) * len(tokens_BT)):]
+    return torch.cat([tokens_BT, resampled_rows(config, weights, of, copies, method.seed, device)])
+
+
 def _convert_and_measure(
     writer: "CheckpointWriter", config: LlamaConfig, weights: Weights, tokens_BT: Tensor,
     held_out_BT: Tensor, method: Method, like: Tensor
 ) -> dict[str, Any]:
-    """Write the converted blocks, and run the held-out tokens through three models at once.
+    """Convert all blocks and write them; returns what was measured on the way.
 
-    tokens: the calibration rows. like: on the device and of the dtype to compute with. Returns what
-    was measured: loss and KL of the source, of its mean-pooled and of its converted model, seconds,
-    memory, and each block's report with "hidden_state_error", that of the written model on the
-    held-out rows.
+    tokens: the calibration rows. like: on the device and of the dtype to compute with. In the
+    report are losses, KL, seconds, memory, and what each block and the joint refit say of
+    themselves.
     """
-    device, meter = like.device, Meter(like.device)
-    if copies := _resampled_copies(config, tokens_BT, method):
-        # None of the rows that a refit is judged by: their copies would be trained on.
-        of = tokens_BT[_held_out_rows((copies + 1) * len(tokens_BT)):]
-        more = resampled_rows(config, weights, of, copies, method.seed, device)
-        tokens_BT = torch.cat([tokens_BT, more])
-        meter.lap("resample")
-    x_BTD = embed(weights, tokens_BT, device, like.dtype)
-    non_block, new_config = non_block_weights(weights), writer.config
+    meter, kv_heads = Meter(like.device), writer.config.num_key_value_heads
+    non_block = non_block_weights(weights)
     _check_finite(non_block)
-    kv_heads, n_layers = new_config.num_key_value_heads, config.num_hidden_layers
-    source_x = embed(weights, held_out_BT, x_BTD.device, x_BTD.dtype)
-    pooled_x, converted_x = source_x.clone(), source_x.clone()
-    reports, found = [], {}
+    tokens_BT = _with_resampled_rows(config, weights, tokens_BT, method, like.device)
+    meter.lap("resample")
+    x_BTD = embed(weights, tokens_BT, like.device, like.dtype)
     blocks: Iterable[ConvertedBlock] = progress(converted_blocks(
-        config, weights, x_BTD, kv_heads, method, lap=meter.lap), "blocks", n_layers)
+        config, weights, x_BTD, kv_heads, method, lap=meter.lap),
+        "blocks", config.num_hidden_layers)
+    found = {}
     if method.joint:
         blocks, found["joint_kl"] = joint_refit(
             config, weights, blocks, tokens_BT, x_BTD, kv_heads, method.seed)
         meter.lap("joint refit")
+    scores, reports = _write_and_score(writer, config, weights, blocks, held_out_BT, like, meter)
+    writer.write_shard(non_block)
+    meter.lap("write")
+    means = {name: _mean([report[name] for report in reports])
+             for name in reports[0] if name != "groups"}
+    return {**scores, **means, **found,
+            "seconds": {**meter.seconds, "total": sum(meter.seconds.values())},
+            "peak_memory_bytes": meter.peak_memory, "layers": reports}
+
+
+def _write_and_score(
+    writer: "CheckpointWriter", config: LlamaConfig, weights: Weights,
+    blocks: Iterable[ConvertedBlock], held_out_BT: Tensor, like: Tensor, meter: "Meter"
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write the blocks, and run the held-out tokens through three models at once.
+
+    Returns loss and KL of the source, of its mean-pooled and of its converted model; and each
+    block's report with "hidden_state_error", that of the written model on the held-out rows.
+    """
+    new_config, reports = writer.config, []
+    source_x = embed(weights, held_out_BT, like.device, like.dtype)
+    pooled_x, converted_x = source_x.clone(), source_x.clone()
     for i, block in enumerate(blocks):
         _check_finite(block.converted, f"converted {block_prefix(i)}")
-        pooled = _as_dtypes_of(block.source, merge(block.source, config, kv_heads))
+        pooled = _as_dtypes_of(
+            block.source, merge(block.source, config, new_config.num_key_value_heads))
         _run_block_(config, block.source, source_x)
         _run_block_(new_config, pooled, pooled_x)
         _run_block_(new_config, block.converted, converted_x)
@@ -1454,13 +1484,7 @@ def _convert_and_measure(
     streams = {"source": source_x, "mean_pooled": pooled_x, "converted": converted_x}
     loss, kl = _mean_scores(config, weights, streams, held_out_BT)
     meter.lap("evaluate")
-    writer.write_shard(non_block)
-    meter.lap("write")
-    means = {name: _mean([report[name] for report in reports])
-             for name in reports[0] if name != "groups"}
-    return {"loss_nats_per_token": loss, "kl_nats_per_token": kl, **means, **found,
-            "seconds": {**meter.seconds, "total": sum(meter.seconds.values())},
-            "peak_memory_bytes": meter.peak_memory, "layers": reports}
+    return {"loss_nats_per_token": loss, "kl_nats_per_token": kl}, reports
 
 
 @torch.no_grad()
