@@ -1436,16 +1436,17 @@ def _convert_and_measure(
     meter, kv_heads = Meter(like.device), writer.config.num_key_value_heads
     non_block = non_block_weights(weights)
     _check_finite(non_block)
-    tokens_BT = _with_resampled_rows(config, weights, tokens_BT, method, like.device)
-    meter.lap("resample")
-    x_BTD = embed(weights, tokens_BT, like.device, like.dtype)
+    rows_BT = _with_resampled_rows(config, weights, tokens_BT, method, like.device)
+    if len(rows_BT) > len(tokens_BT):
+        meter.lap("resample")
+    x_BTD = embed(weights, rows_BT, like.device, like.dtype)
     blocks: Iterable[ConvertedBlock] = progress(converted_blocks(
         config, weights, x_BTD, kv_heads, method, lap=meter.lap),
         "blocks", config.num_hidden_layers)
     found = {}
     if method.joint:
         blocks, found["joint_kl"] = joint_refit(
-            config, weights, blocks, tokens_BT, x_BTD, kv_heads, method.seed)
+            config, weights, blocks, rows_BT, x_BTD, kv_heads, method.seed)
         meter.lap("joint refit")
     scores, reports = _write_and_score(writer, config, weights, blocks, held_out_BT, like, meter)
     writer.write_shard(non_block)
