@@ -1103,7 +1103,8 @@ def _align_groups(
         name: {"before": before[name], "after": after[name]} for name in before}}
 
 
-# Chosen by held-out loss and KL on a saturated model of 30 blocks and on two small ones.
+# Chosen by held-out loss and KL, in rows of 256 tokens, on a saturated model of 30 blocks, 576 wide
+# (3 KV heads to 1), and on two small ones, 96 and 256 wide.
 _REFIT_TOKENS = 512  # per step: with few tokens, more and smaller steps
 _REFIT_RATE = 0.4  # how much a step at the highest rate changes an output, relative to it
 _JOINT_RATE = 0.1  # the same where all blocks change at once
@@ -1219,6 +1220,8 @@ def resampled_rows(
     x_BTD = embed(weights, tokens_BT, device, torch.float32)
     for i in progress(range(config.num_hidden_layers), "resample", config.num_hidden_layers):
         _run_block_(config, read_block(weights, i, device), x_BTD)
+        if not x_BTD.isfinite().all():
+            raise ValueError(f"block {i}: its hidden states on this text are not finite")
     readout, generator = _readout(config, weights, x_BTD), torch.Generator().manual_seed(seed)
     found_CBT = tokens_BT.repeat(copies, 1, 1)
     for b, x_TD in enumerate(x_BTD):
@@ -1295,7 +1298,8 @@ def _rates(weights: Weights, rate: float) -> dict[str, float]:
     For an input of ±1 and a row of n entries: a step of Adam changes each by about its rate r. The
     changes have the signs of the input, so they add up, and the output changes by n r. The entries
     themselves have random signs, and add up to about √n rms(W). So the output changes by the same
-    share, `rate`, at any width.
+    share, `rate`, at any width. (Norms and biases, which meet an input only once, are left to move
+    1/√n of that.)
     """
     return {name: rate * (at_least_float32(w).square().mean() / w.shape[-1]).sqrt().item()
             for name, w in weights.items()}
@@ -1372,7 +1376,8 @@ def convert(
     _check_new_directory(out_dir, size)
     rows, held_out = text_rows(model_dir, config, corpus, method.seed)
     check_calibration_rows(rows, method)
-    copies = _resampled_copies(config, rows, method)
+    copies, copied = _resampled_copies(config, rows, method)
+    n_refit = rows.numel() + copies * rows[copied:].numel()
     report = {
         "source": str(Path(model_dir).resolve()),
         "text": {"calibration": str(_paths(corpus.files)),
@@ -1383,13 +1388,14 @@ def convert(
         "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
         "kv_cache_bytes_per_token": {"source": kv_cache_bytes(config, weights),
                                      "converted": kv_cache_bytes(new_config, weights)},
-        "tokens": {"calibration": rows.numel(), "refit": (copies + 1) * rows.numel(),
+        "tokens": {"calibration": rows.numel(), "refit": n_refit,
                    "held_out": held_out.numel(), "seq_len": rows.shape[1]},
         "memory_estimate_bytes": _memory_needed(
-            config, rows.repeat(copies + 1, 1), held_out, dtype, method),
+            config, n_refit, rows.shape[1], held_out.numel(), dtype, method),
         "disk_bytes": size,
     }
     log(_plan_line(report))
+    _warn_of_memory(report["memory_estimate_bytes"], place, method)
     if dry_run:
         return report
     with new_checkpoint(out_dir, new_config, size, tokenizer_from=model_dir) as writer:
@@ -1399,28 +1405,28 @@ def convert(
     return report
 
 
-def _resampled_copies(config: LlamaConfig, rows: Tensor, method: Method) -> int:
-    """How many times the rows are resampled for a refit: to 100 tokens for each unit of width.
+def _resampled_copies(config: LlamaConfig, rows_BT: Tensor, method: Method) -> tuple[int, int]:
+    """(How many times the rows are resampled for a refit, the first row that is.)
 
-    Attention has some 4 D² weights a block, and a token tells D numbers; 7 times at most.
+    To some 100 tokens for each unit of width, eightfold at most: attention has some 4 D² weights a
+    block, and a token tells D numbers. None of the rows that a refit is judged by is copied: their
+    copies would be trained on.
     """
     if not (method.refit or method.joint):
-        return 0
-    return min(math.ceil(100 * config.hidden_size / rows.numel()) - 1, 7)
+        return 0, 0
+    copies = min(math.ceil(100 * config.hidden_size / rows_BT.numel()) - 1, 7)
+    return copies, _held_out_rows((copies + 1) * len(rows_BT))
 
 
 def _with_resampled_rows(
     config: LlamaConfig, weights: Weights, tokens_BT: Tensor, method: Method, device
 ) -> Tensor:
-    """The rows and, behind them, their resampled copies.
-
-    None of the rows that a refit is judged by is copied: their copies would be trained on.
-    """
-    copies = _resampled_copies(config, tokens_BT, method)
+    """The rows and, behind them, their resampled copies."""
+    copies, first = _resampled_copies(config, tokens_BT, method)
     if not copies:
         return tokens_BT
-    of = tokens_BT[_held_out_rows((copies + 1) * len(tokens_BT)):]
-    return torch.cat([tokens_BT, resampled_rows(config, weights, of, copies, method.seed, device)])
+    return torch.cat([tokens_BT, resampled_rows(
+        config, weights, tokens_BT[first:], copies, method.seed, device)])
 
 
 def _convert_and_measure(
@@ -1477,7 +1483,8 @@ def _write_and_score(
         _run_block_(config, block.source, source_x)
         _run_block_(new_config, pooled, pooled_x)
         _run_block_(new_config, block.converted, converted_x)
-        error = _hidden_state_error(converted_x, source_x).item()
+        rows = zip(converted_x, source_x, strict=True)
+        error = sum(_hidden_state_error(*row).item() for row in rows) / len(source_x)
         meter.lap("evaluate")
         writer.write_shard({block_prefix(i) + n: w for n, w in block.converted.items()})
         meter.lap("write")
@@ -1761,8 +1768,8 @@ def _n_bytes(tensors: Iterable[Tensor]) -> int:
 
 def embed(weights: Weights, tokens_BT: Tensor, device, dtype: torch.dtype) -> Tensor:
     """The hidden states (B, T, D) that enter the first block."""
-    x_BTD = F.embedding(tokens_BT, weights["model.embed_tokens.weight"])
-    return x_BTD.to(device=device, dtype=dtype)
+    table_VD = weights["model.embed_tokens.weight"]
+    return F.embedding(tokens_BT.to(table_VD.device), table_VD).to(device=device, dtype=dtype)
 
 
 def read_block(weights: Weights, i: int, device) -> dict[str, Tensor]:
@@ -1963,7 +1970,8 @@ def check_calibration_rows(rows_BT: Tensor, method: Method) -> None:
     """Raise ValueError if a refit has not at least one row to train on, and one to hold out."""
     if (method.refit or method.joint) and len(rows_BT) < 2:
         raise ValueError(f"2 rows of {rows_BT.shape[1]} tokens are needed to calibrate with, found "
-                         f"{len(rows_BT)}; more text, a smaller --seq-len, or --no-refit")
+                         f"{len(rows_BT)}; more text, a smaller --seq-len, or --no-refit and "
+                         "--no-joint")
 
 
 def _read_documents(path: PathLike) -> list[str]:
@@ -2090,17 +2098,21 @@ def _converted_bytes(config: LlamaConfig, weights: Weights, kv_heads: int) -> in
 
 
 def _memory_needed(
-    config: LlamaConfig, rows: Tensor, held_out: Tensor, dtype: torch.dtype, method: Method
+    config: LlamaConfig, n_tokens: int, seq_len: int, n_held_out: int, dtype: torch.dtype,
+    method: Method
 ) -> int:
-    """Bytes of anonymous memory at a conversion's peak, estimated from its largest parts."""
+    """Bytes of anonymous memory at a conversion's peak, estimated from its largest parts.
+
+    For so many calibration tokens, in rows of seq_len, and held-out ones.
+    """
     d, inner, size = config.hidden_size, config.intermediate_size, dtype.itemsize
     kv, q = (n * config.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
-    attention, mlp, n_rows = 2 * d * (q + kv), 3 * d * inner, rows.numel()
-    streams = ((2 if method.refit else 1) * n_rows + 3 * held_out.numel()) * d * size
-    forward = min(4096, n_rows) * (6 * d + 4 * inner) * size  # of at most 4,096 tokens at a time
+    attention, mlp = 2 * d * (q + kv), 3 * d * inner
+    streams = ((2 if method.refit else 1) * n_tokens + 3 * n_held_out) * d * size
+    forward = min(4096, n_tokens) * (6 * d + 4 * inner) * size  # of at most 4,096 tokens at a time
     mapping = 3 * attention * 8  # float64 copies of attention's weights
     # Old and new weights, gradients and moments, and what the backward of a step needs.
-    step = min(max(_REFIT_TOKENS, rows.shape[1]), n_rows)
+    step = min(max(_REFIT_TOKENS, seq_len), n_tokens)
     backward = 4 * step * (8 * d + 3 * (q + 2 * kv) + 5 * inner)
     refit = 4 * (5 * attention + mlp) + backward if method.refit else 0
     block = 2 * (attention + mlp) * size + 4 * kv * kv * 8 + max(forward, mapping, refit)
@@ -2110,6 +2122,21 @@ def _memory_needed(
         layers = (5 * attention + step * d) * config.num_hidden_layers
         joint = 4 * (layers + 2 * mlp + config.vocab_size * (2 * d + 8 * 256)) + backward
     return 300_000_000 + streams + max(block, head, joint)  # 0.3 GB: Python and torch themselves
+
+
+def _warn_of_memory(needed: int, device: torch.device, method: Method) -> None:
+    """Warn if the device has not so many bytes free: the refits would end hours from now."""
+    status = Path("/proc/meminfo")
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif status.exists():
+        free = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", status.read_text())[0])
+    else:
+        return
+    if needed > free:
+        less = "--no-joint takes less" if method.joint else "fewer --tokens take less"
+        warnings.warn(f"about {gigabytes(needed)} of memory are needed, {gigabytes(free)} are "
+                      f"free; {less}", stacklevel=3)
 
 
 def _plan_line(report: Mapping[str, Any]) -> str:
@@ -2215,7 +2242,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
 
 def method_of_arguments(arguments: argparse.Namespace) -> Method:
     """The method that a command line asks for."""
-    return Method(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Method)})
+    names = {field.name for field in dataclasses.fields(Method)}
+    return Method(**{name: value for name, value in vars(arguments).items() if name in names})
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -788,7 +788,9 @@ class Arguments:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for free in ("method", "out", "save_every", "checkpoint_activations"):
             del fields[free]
-        return json.loads(json.dumps(fields | dataclasses.asdict(self.method)))
+        method = dataclasses.asdict(self.method)
+        del method["joint"]
+        return json.loads(json.dumps(fields | method))
 
 
 class Report:
