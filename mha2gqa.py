@@ -40,8 +40,11 @@ A *unit* is one source KV head with the Q = H/K query heads that read it; a grou
 """
 
 import argparse
+import array
+import codecs
 import contextlib
 import dataclasses
+import glob
 import gzip
 import itertools
 import json
@@ -53,13 +56,14 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 import numpy as np
 import torch
@@ -79,7 +83,7 @@ __all__ = [
     "joint_refit", "resampled_rows", "embed", "read_block",
     "Corpus", "convert", "evaluate",
     "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_prefix",
-    "block_weights", "non_block_weights", "read_json", "write_json",
+    "block_weights", "non_block_weights", "read_json", "write_json", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
     "kv_cache_bytes", "gigabytes", "Meter", "progress", "ArgumentParser",
     "add_method_arguments", "method_of_arguments", "install_signal_handlers",
@@ -1378,7 +1382,7 @@ def convert(
     check_calibration_rows(rows, method)
     copies, copied = _resampled_copies(config, rows, method)
     n_refit = rows.numel() + copies * rows[copied:].numel()
-    report = {
+    report: dict[str, Any] = {
         "source": str(Path(model_dir).resolve()),
         "text": {"calibration": str(_paths(corpus.files)),
                  "held_out": str(_paths(corpus.eval_files) or _paths(corpus.files))},
@@ -1550,8 +1554,14 @@ def _readout(config: LlamaConfig, weights: Weights, like: Tensor) -> Callable[[T
 
 # ---- 9 checkpoints -------------------------------------------------------------------------------
 
-# The block of these model types is LLaMA's. Qwen2 has biases on q, k and v by definition.
-_MODEL_TYPES = ("llama", "mistral", "qwen2")
+# The block of these model types is LLaMA's, and Yi's old files are. Qwen2 has biases on q, k and v
+# by definition. With what transformers takes for keys that are not in config.json, where that
+# differs from `LlamaConfig`'s own defaults.
+_MODEL_TYPES: dict[str, dict[str, int]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+}
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -1561,9 +1571,16 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Old files have rope_theta at the top and the rest in rope_scaling, new ones all of it in
-    rope_parameters; as in transformers rope_scaling wins, and so does a nested rope_theta."""
+    rope_parameters; as in transformers rope_scaling wins, and so does a nested rope_theta. But of
+    llama3's original_max_position_embeddings the one at the top does, and without any it is
+    max_position_embeddings."""
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    return {"rope_type": rope.get("type", "default"), **rope}
+    rope = {"rope_type": rope.get("type", "default"), **rope}
+    if rope["rope_type"] == "llama3":
+        name = "original_max_position_embeddings"
+        found = raw.get(name), rope.get(name), raw.get("max_position_embeddings")
+        rope[name] = next((n for n in found if n is not None), None)
+    return rope
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
@@ -1577,7 +1594,7 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     unsupported = {
         f"model_type {kind!r} (supported: {', '.join(_MODEL_TYPES)})": kind not in _MODEL_TYPES,
         f"hidden_act {raw.get('hidden_act')!r} (supported: silu)":
-            raw.get("hidden_act", "silu") != "silu",
+            raw.get("hidden_act", "silu") not in ("silu", "swish"),
         "quantised weights (quantization_config)": bool(raw.get("quantization_config")),
         "partial rotary embedding": partial != 1,
         "sliding window (a mistral model without one has sliding_window null)":
@@ -1594,23 +1611,22 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """Read a Hugging Face model directory: `(config, weights)`, weights by parameter name.
 
     The tensors are mapped from their files: a page is read when it is first used, and costs no
-    anonymous memory. Names and shapes are those of `Llama(config)`; left-over `rotary_emb.inv_freq`
-    and a stored copy of tied embeddings are dropped.
+    anonymous memory. Names and shapes are those of `Llama(config)`: prefixes that wrappers left are
+    stripped, left-over tables of `rotary_emb` and a stored copy of tied embeddings are dropped.
     Raises ValueError, with the file and what to do, for anything that is not such a checkpoint.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such directory (MODEL is one on this machine)")
+    files = _weight_files(folder)
     raw = read_json(folder / "config.json")
     try:
         config = _parse_config(raw)
     except (ValueError, TypeError, AttributeError) as error:  # the last two: of values' types
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
+    for file in files:
         weights |= _read_tensors(file)
     try:
-        weights = _drop_leftovers(config, weights)
+        weights = _drop_leftovers(config, _plain_names(weights))
         _check_weights(config, weights)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
@@ -1619,11 +1635,17 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
 
 def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
     """The config of a parsed config.json; raises ValueError that names what is not supported."""
+    if raw.get("model_type") == "Yi":
+        raw = {**raw, "model_type": "llama"}
     _refuse_unsupported(raw)
     rope = _rope_parameters(raw)
     kind = rope["rope_type"]
     types = {f.name: f.type for f in dataclasses.fields(LlamaConfig)}
-    fields = {name: raw[name] for name in types if name != "raw" and raw.get(name) is not None}
+    fields: dict[str, Any] = {
+        name: value for name, value in _MODEL_TYPES[raw["model_type"]].items() if name not in raw}
+    fields |= {name: raw[name] for name in types if name != "raw" and raw.get(name) is not None}
+    if fields.get("hidden_act") == "swish":  # one function under two names
+        fields["hidden_act"] = "silu"
     thetas = (rope.get("rope_theta"), raw.get("rope_theta"), LlamaConfig.rope_theta)
     fields["rope_theta"] = next(theta for theta in thetas if theta is not None)
     fields["rope_scaling"] = None if kind == "default" else rope
@@ -1636,27 +1658,39 @@ def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
         if wanted in (int, float) and not (
                 type(value) in (int, wanted) and 0 < value < math.inf):
             raise ValueError(f"{name} is {value!r}, expected a positive number")
-    return LlamaConfig(**fields, raw=raw)
+    config = LlamaConfig(**fields, raw=raw)
+    for token in config.eos_ids:
+        if type(token) is not int or not 0 <= token < config.vocab_size:
+            raise ValueError(f"eos_token_id is {token!r}, expected one of the vocabulary's 0 to "
+                             f"{config.vocab_size - 1}, or null")
+    return config
 
 
 def _config_json(config: LlamaConfig) -> dict[str, Any]:
-    """The content of config.json: what was read, with only num_key_value_heads changed."""
+    """The content of config.json: what was read, with only num_key_value_heads changed.
+
+    What names code of the source's own goes: the result is a model that every engine knows.
+    """
+    architectures = [f"{config.model_type.capitalize()}ForCausalLM"]
     if config.raw:
-        return {**config.raw, "num_key_value_heads": config.num_key_value_heads}
+        kept = {name: value for name, value in config.raw.items() if name != "auto_map"}
+        return {**kept, "architectures": architectures,
+                "num_key_value_heads": config.num_key_value_heads}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     del fields["raw"]
     if config.model_type == "mistral":
         fields["sliding_window"] = None
-    return {"architectures": [f"{config.model_type.capitalize()}ForCausalLM"], **fields}
+    return {"architectures": architectures, **fields}
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises ValueError with the file's name if there is none."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
+    refuse_pointer(file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object")
@@ -1668,22 +1702,60 @@ def write_json(file: Path, value) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def refuse_pointer(file: Path) -> None:
+    """Raise ValueError if Git LFS has left a few lines about the file in the file's place."""
+    with open(file, "rb") as opened:
+        if opened.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
+            raise ValueError(f"{file}: only a Git LFS pointer to the file; run `git lfs pull` in "
+                             "that repository, or `hf download` it")
+
+
+# Folders of other kinds, by a file that is in them: (pattern, what it is and what to do).
+_OTHER_FOLDERS = (
+    ("adapter_config.json", "a PEFT adapter's; load it with PEFT, merge_and_unload() and "
+     "save_pretrained(DIR) what comes out"),
+    ("*.gguf", "a GGUF file; transformers reads it by from_pretrained(DIR, gguf_file=...), and "
+     "save_pretrained writes a directory of it"),
+    ("consolidated*", "in Meta's own format; transformers' convert_llama_weights_to_hf.py makes a "
+     "directory of it"),
+    ("snapshots/*", "a model in a hub cache; MODEL is that folder"),
+    ("*/config.json", "a model's; MODEL is the folder that has it"),
+    ("*.distcp", "a part of a training's checkpoint; its result is in another folder"),
+)
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's weight files: safetensors if there are any, else pytorch_model*.bin."""
+    """The checkpoint's weight files, in the order in which transformers looks for them.
+
+    Raises ValueError that says what is there instead.
+    """
+    if not folder.is_dir():
+        if folder.is_file():
+            raise ValueError(f"{folder}: is a file; MODEL is the directory with config.json, the "
+                             "weights and the tokenizer")
+        on_hub = (f"; `hf download {folder} --local-dir DIR` fetches one of the hub's"
+                  if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) else "")
+        raise ValueError(f"{folder}: no such directory (MODEL is one on this machine{on_hub})")
     for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():  # subtle: an index beside it is of older weights
+            return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            names = set(read_json(index).get("weight_map", {}).values())
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{index}: has no weight_map")
+            names = set(map(str, weight_map.values()))
             # By name, not by resolved path: a hub cache is full of honest symbolic links.
             for outside in (n for n in names if Path(n).name != n):
                 raise ValueError(f"{index}: {outside!r} is outside the directory")
             return [folder / n for n in sorted(names)]
-        if (folder / name).is_file():
-            return [folder / name]
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
             return files
-    raise ValueError(f"{folder}: no *.safetensors and no pytorch_model*.bin")
+    for pattern, what in _OTHER_FOLDERS:
+        for found in sorted(folder.glob(pattern))[:1]:
+            raise ValueError(f"{folder}: holds {found.relative_to(folder)}, which is {what}")
+    raise ValueError(f"{folder}: no model*.safetensors and no pytorch_model*.bin")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -1692,23 +1764,49 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
     if not os.access(file, os.R_OK):
         raise ValueError(f"{file}: missing or not readable; download it again")
+    refuse_pointer(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         mapped = zipfile.is_zipfile(file)  # older files, which are no archives, are read whole
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        if not all(isinstance(n, str) and isinstance(w, Tensor) for n, w in tensors.items()):
-            raise TypeError("it holds other things")
-        return dict(tensors)
     except Exception as error:  # a broken file can make torch.load raise almost anything
         reason = re.split(r"[.\n]", str(error).strip())[0] or type(error).__name__
         raise ValueError(f"{file}: truncated, corrupt or not a plain file of tensors ({reason}); "
                          "download it again, as safetensors if there are") from None
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{file}: holds a {type(tensors).__name__}, expected a state dict")
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{file}: holds a {type(value).__name__} under {name!r}, expected "
+                             "tensors alone; if that is the model's state dict, save it by itself")
+    return dict(tensors)
+
+
+def _plain_names(weights: Weights) -> dict[str, Tensor]:
+    """The weights by the model's own names, without what wrappers have put around these.
+
+    torch.compile, FSDP and activation checkpointing put theirs inside a name, DDP and PEFT in
+    front; a model that was saved without its head lacks "model.".
+    """
+    inside = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+    in_front = re.compile(r"^(module\.|base_model\.model\.)+")
+    plain = {in_front.sub("", inside.sub("", name)): w for name, w in weights.items()}
+    if not any(name.startswith("model.") for name in plain):
+        plain = {name if name.startswith("lm_head.") else f"model.{name}": w
+                 for name, w in plain.items()}
+    for name in plain:
+        if ".lora_" in name:
+            raise ValueError(f"tensor {name} is a LoRA weight; merge the adapter into its model "
+                             "(PEFT: merge_and_unload()) and save that")
+    if len(plain) < len(weights):
+        raise ValueError("two tensors have one name, but for prefixes such as module.")
+    return plain
 
 
 def _drop_leftovers(config: LlamaConfig, weights: Weights) -> dict[str, Tensor]:
     """The weights without what old files carry along; one name for tied embeddings."""
-    weights = {n: w for n, w in weights.items() if not n.endswith("rotary_emb.inv_freq")}
+    weights = {n: w for n, w in weights.items() if ".rotary_emb." not in n}
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         # A file may hold both of the tied tensors, or only one of them, under either name.
         head = weights.pop("lm_head.weight")
@@ -1732,6 +1830,9 @@ def _check_weights(config: LlamaConfig, weights: Weights) -> None:
     with torch.device("meta"):
         expected = {name: p.shape for name, p in Llama(config).named_parameters()}
     unknown, missing = weights.keys() - expected.keys(), expected.keys() - weights.keys()
+    if missing == {"lm_head.weight"}:
+        raise ValueError("missing tensor lm_head.weight, but tie_word_embeddings is not true in "
+                         "config.json; set it if the model reads its embedding as its head")
     for what, names in (("unknown tensor", unknown), ("missing tensor", missing)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -1856,12 +1957,28 @@ def new_checkpoint(
         write_json(folder / "config.json", _config_json(config))
         for file in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
             shutil.copymode(folder / "config.json", file)
-        patterns = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                    "merges.txt", "chat_template*", "generation_config.json", "LICENSE*")
-        for pattern in patterns if tokenizer_from else ():
-            for file in sorted(Path(tokenizer_from or "").glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+        for file in _tokenizer_files(Path(tokenizer_from)) if tokenizer_from else ():
+            copied = folder / file.relative_to(cast(PathLike, tokenizer_from))
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copied)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a model directory that its tokenizer and its users need beside the weights.
+
+    A tokenizer with code of its own (auto_map) may need any module there, and any file that
+    is named in one.
+    """
+    patterns = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template*",
+                "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*"]
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in read_json(settings):
+        code = "".join(file.read_text(errors="replace") for file in folder.glob("*.py"))
+        own = re.compile(r"config\.json|.*\.(safetensors|bin|index\.json)")
+        patterns += ["*.py", *(glob.escape(file.name) for file in folder.iterdir()
+                               if file.name in code and not own.fullmatch(file.name))]
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def _check_new_directory(path: PathLike, size: int) -> Path:
@@ -1905,9 +2022,10 @@ def _new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
 class Corpus:
     """Text to calibrate with, and to measure on.
 
-    files, eval_files: one path or several; JSONL with a "text" field or plain text, .gz and .xz of
-    either. tokens: how many to read of `files`. seq_len: tokens per row, None: 2,048 or the model's
-    context if that is less. Without eval_files the first 10 % of what is read are held out.
+    files, eval_files: one path or several, of JSON records with a "text" field (JSON lines, an
+    array, Parquet) or plain text, .gz and .xz of either. tokens: how many to read of `files`.
+    seq_len: tokens per row, None: 2,048 or the model's context if that is less. Without eval_files
+    the first 10 % of what is read are held out.
     """
 
     files: PathLike | Sequence[PathLike]
@@ -1937,7 +2055,8 @@ def text_rows(
     encode = load_tokenizer(model_dir)
 
     def rows(files, n_tokens, n_least):
-        documents = [document for file in files for document in _read_documents(file)]
+        # No tokenizer makes tokens of 16 characters on average.
+        documents = _Documents(files, longest=16 * n_tokens)
         found = _pack_rows(documents, encode, config, n_tokens, seq_len, seed)
         if len(found) < n_least:
             raise ValueError(f"too little text in {', '.join(files) or 'no files'}: "
@@ -1974,81 +2093,198 @@ def check_calibration_rows(rows_BT: Tensor, method: Method) -> None:
                          "--no-joint")
 
 
-def _read_documents(path: PathLike) -> list[str]:
-    """A text file's documents: the "text" of each JSONL record, or the whole of any other file.
+class _Documents(Sequence[str]):
+    """The documents of text files, in their order; each is read from the disk when asked for.
 
-    .gz and .xz are unpacked. Raises ValueError with file and line for what cannot be read.
+    JSON lines, a JSON array and, if pyarrow is installed, a Parquet file hold records, whose "text"
+    is a document. Any other file is one document, of which `longest` characters are read at most.
+    What counts is what is in a file, not its name. Files that cannot be read from the middle (.gz,
+    .xz, arrays, Parquet, pipes) are unpacked into a temporary one.
+    Raises ValueError with file and line for what cannot be read.
     """
-    path = Path(path)
-    if not path.exists() or path.is_dir():
-        raise ValueError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
-    unpack: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
-    kind = Path(path.stem).suffix if path.suffix in unpack else path.suffix
-    try:
-        with unpack.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
-            if kind in (".jsonl", ".json"):
-                lines = enumerate(file, 1)
-                documents = [_record_text(path, n, line) for n, line in lines if line.strip()]
+
+    def __init__(self, files: Iterable[PathLike], longest: int):
+        self.paths: list[Path | None] = []  # of each file; None: it is in `unpacked`
+        self.unpacked = tempfile.TemporaryFile()  # noqa: SIM115 # it closes with this object
+        self.places = array.array("q")  # of each document: file, first byte, bytes, is it a record
+        self.longest = longest
+        for path in map(Path, files):
+            n_before = len(self)
+            try:
+                self._add(path)
+            except (UnicodeError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+                raise ValueError(f"{path}: cannot be read ({error}); expected JSON lines or plain "
+                                 "text in UTF-8, .gz or .xz of either, or Parquet") from None
+            if len(self) == n_before:
+                raise ValueError(f"{path}: holds no text")
+
+    def __len__(self) -> int:
+        return len(self.places) // 4
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        n, start, size, is_record = self.places[4 * i : 4 * i + 4]
+        path = self.paths[n]
+        with open(path, "rb") if path else contextlib.nullcontext(self.unpacked) as file:
+            file.seek(start)
+            content = file.read(size)
+        if is_record:
+            return _record_text(f"{path}, byte {start}", content)
+        return codecs.getincrementaldecoder("utf-8")().decode(content)  # may end within a character
+
+    def _add(self, path: Path) -> None:
+        """Find the documents of a file."""
+        if not path.exists() or path.is_dir():
+            raise ValueError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
+        if path.is_file():
+            refuse_pointer(path)
+        with open(path, "rb") as file:
+            head = file.peek(8)
+            is_gz = head.startswith(b"\x1f\x8b") or path.suffix == ".gz"
+            if head.startswith(b"PAR1"):
+                self._add_unpacked(path, _parquet_records(path))
+            elif is_gz or head.startswith(b"\xfd7zXZ") or path.suffix == ".xz":
+                with (gzip.open if is_gz else lzma.open)(file) as unpacked:
+                    self._add_unpacked(path, _chunks(unpacked))
+            elif not path.is_file():
+                self._add_unpacked(path, _chunks(file))
             else:
-                documents = [file.read()]
-    except (UnicodeError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        formats = ".jsonl or plain text in UTF-8, .gz or .xz of either"
-        raise ValueError(f"{path}: cannot be read ({error}); expected {formats}") from None
-    documents = [text for text in documents if text.strip()]
-    if not documents:
-        raise ValueError(f"{path}: holds no text")
-    return documents
+                self._add_open(path, file, path)
+
+    def _add_unpacked(self, path: Path, parts: Iterable[bytes]) -> None:
+        """Find the documents of what the parts make together."""
+        start = self.unpacked.seek(0, os.SEEK_END)
+        for part in _bytes_progress(parts, f"unpack {path.name}"):
+            self.unpacked.write(part)
+        self.unpacked.seek(start)
+        self._add_open(path, self.unpacked, None)
+
+    def _add_open(self, path: Path, file: BinaryIO, source: Path | None) -> None:
+        """Find the documents in the rest of an open file."""
+        start, end = file.tell(), file.seek(0, os.SEEK_END)
+        file.seek(start)
+        if file.read(3) == codecs.BOM_UTF8:
+            start += 3
+        file.seek(start)
+        head = file.read(1 << 16).lstrip()
+        file.seek(start)
+        if re.match(rb"\[\s*[{\]]", head):
+            try:
+                records = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{path}: not a JSON array ({error})") from None
+            return self._add_unpacked(path, (json.dumps(r).encode() + b"\n" for r in records))
+        self.paths.append(source)
+        of_records = _holds_records(path, file)
+        file.seek(start)
+        parts = iter(file.readline, b"") if of_records else _chunks(file)
+        decoder, is_blank, at = codecs.getincrementaldecoder("utf-8")(), True, start
+        for number, part in enumerate(_bytes_progress(parts, f"read {path.name}", end - start), 1):
+            if not of_records:
+                is_blank &= not decoder.decode(part, final=at + len(part) == end).strip()
+            elif part.strip() and _record_text(f"{path}, line {number}", part).strip():
+                self.places.extend([len(self.paths) - 1, at, len(part), True])
+            at += len(part)
+        if not of_records and not is_blank:
+            size = min(end - start, 4 * self.longest)
+            self.places.extend([len(self.paths) - 1, start, size, False])
+        return None
 
 
-def _record_text(path: Path, number: int, line: str) -> str:
-    """The text of one JSONL record; raises ValueError with file and line if it has none."""
+def _chunks(file: Any) -> Iterator[bytes]:
+    """The content of an open file, a MB at a time."""
+    return iter(lambda: file.read(1 << 20), b"")
+
+
+def _holds_records(path: Path, file: BinaryIO) -> bool:
+    """Whether a file holds JSON records, by its name or by its first line that is not blank."""
+    if {".jsonl", ".json"} & {suffix.lower() for suffix in path.suffixes}:
+        return True
+    first = next((line for line in iter(file.readline, b"") if line.strip()), b"")
+    try:
+        return first.lstrip().startswith(b"{") and isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
+
+
+def _record_text(where: str, line: bytes) -> str:
+    """The text of one JSON record; raises ValueError that says where, if it has none."""
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.args[0]})") from None
+        raise ValueError(f"{where}: not JSON ({error.args[0]})") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f'{path}, line {number}: expected an object with a "text" string')
+        raise ValueError(f'{where}: expected an object with a "text" string')
     return record["text"].encode("utf-8", "replace").decode()  # web text has lone surrogates
 
 
-def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
-    """The function from texts to token ids of a model directory, BOS as its files say, no EOS.
+def _parquet_records(path: Path) -> Iterator[bytes]:
+    """The records of a Parquet file as JSON lines."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{path}: to read Parquet, pip install pyarrow") from None
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
+            for text in batch.column("text").to_pylist():
+                yield json.dumps({"text": text}).encode() + b"\n"
+    except (ArrowException, KeyError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); expected a column \"text\"") from None
 
-    `tokenizer.json` puts BOS by its own post-processor; with `tokenizer.model` BOS comes first
-    unless tokenizer_config.json has add_bos_token false. Raises ValueError without either.
+
+def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
+    """The function from texts to token ids of a model directory: BOS as its files say, no EOS.
+
+    BOS comes first, and once, if add_bos_token is true in tokenizer_config.json, and not if it is
+    false. Where it is not there, `tokenizer.json`'s own post-processor decides what comes first;
+    with `tokenizer.model` BOS does. Raises ValueError without either file.
     """
     folder = Path(path)
+    settings_file = folder / "tokenizer_config.json"
+    settings = read_json(settings_file) if settings_file.is_file() else {}
     for name, load in (("tokenizer.json", _from_tokenizer_json),
                        ("tokenizer.model", _from_tokenizer_model)):
         if (folder / name).is_file():
+            refuse_pointer(folder / name)
             try:
-                return load(folder / name)
+                encode, first, bos = load(folder / name, settings.get("bos_token", "<s>"))
             except Exception as error:  # tokenizers raises nothing narrower
                 raise ValueError(f"{folder / name}: cannot be read ({error})") from None
+            if isinstance(add_bos := settings.get("add_bos_token"), bool):
+                first = [bos] if add_bos and bos is not None else []
+            return lambda texts: [ids if first and ids[: len(first)] == first else first + ids
+                                  for ids in encode(texts)]
     raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
 
 
-def _from_tokenizer_json(file: Path) -> Callable[[list[str]], list[list[int]]]:
-    """`load_tokenizer` of a file of the tokenizers package."""
+def _from_tokenizer_json(file: Path, bos_token: Any):
+    """(encode, what the post-processor puts first, BOS) of a file of the tokenizers package."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
     # subtle: a tokenizer.json may have been saved with a truncation to a few hundred tokens.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    sample = tokenizer.encode("a")
+    n_first = (sample.special_tokens_mask + [0]).index(0)
+    bos_token = bos_token["content"] if isinstance(bos_token, dict) else bos_token
+    bos = None if bos_token is None else tokenizer.token_to_id(bos_token)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    return encode, sample.ids[:n_first], bos
 
 
-def _from_tokenizer_model(file: Path) -> Callable[[list[str]], list[list[int]]]:
-    """`load_tokenizer` of a file of the sentencepiece package."""
+def _from_tokenizer_model(file: Path, _bos_token: Any):
+    """(encode, BOS as a list, BOS) of a file of the sentencepiece package."""
     import sentencepiece
 
     tokenizer = sentencepiece.SentencePieceProcessor()
     tokenizer.Load(str(file))
-    config_file = file.with_name("tokenizer_config.json")
-    settings = read_json(config_file) if config_file.is_file() else {}
-    add_bos = settings.get("add_bos_token") is not False and tokenizer.bos_id() >= 0
-    return lambda texts: tokenizer.encode(texts, add_bos=add_bos)
+    bos = tokenizer.bos_id() if tokenizer.bos_id() >= 0 else None
+    return tokenizer.encode, [] if bos is None else [bos], bos
 
 
 def _pack_rows(
@@ -2060,17 +2296,20 @@ def _pack_rows(
     At most `n_tokens` tokens; a last row that is not full is dropped. Raises ValueError for a token
     that the model does not have.
     """
-    documents = random.Random(seed).sample(documents, len(documents))
-    ids, read = [np.zeros(0, np.int64)], 0
-    while documents and read < n_tokens:
-        batch, size = [], 0
-        while documents and size < 1_000_000:
-            # A tokenizer takes a hundred bytes per character: cut what is surely too long.
-            batch.append(documents.pop()[: 16 * n_tokens])
-            size += len(batch[-1])
-        for tokens in encode(batch):
-            ids.append(np.array(tokens + config.eos_ids, np.int64))
-            read += len(ids[-1])
+    order = random.Random(seed).sample(range(len(documents)), len(documents))
+    order.reverse()
+    ids, batch, read, size = [np.zeros(0, np.int32)], [], 0, 0
+    for i in progress(order, "tokenize", len(order), unit=" documents", delay=2):
+        # A tokenizer takes a hundred bytes per character: cut what is surely too long.
+        batch.append(documents[i][: 16 * n_tokens])
+        size += len(batch[-1])
+        if size >= min(1_000_000, 16 * n_tokens) or i == order[-1]:
+            for tokens in encode(batch):
+                ids.append(np.array(tokens + config.eos_ids, np.int32))
+                read += len(ids[-1])
+            batch, size = [], 0
+        if read >= n_tokens:
+            break
     stream = np.concatenate(ids)[:n_tokens]
     if len(stream) and stream.max() >= config.vocab_size:
         raise ValueError(
@@ -2078,7 +2317,7 @@ def _pack_rows(
             f"{config.vocab_size}; do the tokenizer files belong to this model?"
         )
     n_rows = len(stream) // seq_len
-    return torch.from_numpy(stream[: n_rows * seq_len].reshape(n_rows, seq_len))
+    return torch.from_numpy(stream[: n_rows * seq_len].reshape(n_rows, seq_len)).long()
 
 
 # ---- 11 report and command line ------------------------------------------------------------------
@@ -2215,6 +2454,16 @@ def progress(items: Iterable, what: str, total: int, **options) -> Iterable:
     return tqdm(items, what, total, **{"disable": None, **options})
 
 
+def _bytes_progress(parts: Iterable[bytes], what: str, total: int | None = None) -> Iterator[bytes]:
+    """The parts of a file, with a progress bar in bytes if it takes longer than two seconds."""
+    from tqdm import tqdm
+
+    with tqdm(None, what, total, unit="B", unit_scale=True, delay=2, disable=None) as bar:
+        for part in parts:
+            yield part
+            bar.update(len(part))
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Wrong arguments end the program with one line, and exit status 2."""
 
@@ -2255,12 +2504,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Convert a LLaMA checkpoint to grouped-query attention, block by block.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="Hugging Face directory to convert, or to --evaluate")
+    add("model", metavar="MODEL", nargs="?", help="Hugging Face directory to convert, or to "
+        "--evaluate")
     add("out", metavar="OUT", nargs="?", help="directory to write; must not exist, or be empty")
     add("--kv-heads", type=int, metavar="G", help="KV heads wanted, a divisor of the source's")
-    add("--text", nargs="+", default=(), metavar="FILE", help="calibration text: .jsonl with a "
-        '"text" field, or plain text; .gz and .xz of either')
-    add("--eval-text", nargs="+", default=(), metavar="FILE", help="held-out text, of which at "
+    add("--text", nargs="+", default=[], metavar="FILE", help="calibration text: records with a "
+        '"text" field (JSON lines, a JSON array, Parquet), or plain text; .gz and .xz of either')
+    add("--eval-text", nargs="+", default=[], metavar="FILE", help="held-out text, of which at "
         "most 65,536 tokens are used; without it the first 10%% of --text's tokens are held out")
     add("--tokens", type=int, default=Corpus.tokens, metavar="N",
         help="tokens to read of --text (default: %(default)s)")
@@ -2273,10 +2523,17 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check the input, say what would be done, and end")
     add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
     arguments = parser.parse_args(argv)
+    for files in (arguments.text, arguments.eval_text):
+        if arguments.model is None:  # `--text FILE MODEL OUT`: the option has taken them all
+            first = next((i for i, name in enumerate(files) if Path(name).is_dir()), len(files))
+            arguments.model, arguments.out = [*files[first:], None, None][:2]
+            del files[first : first + 2]
     if arguments.evaluate and (arguments.out or arguments.kv_heads or arguments.dry_run):
         parser.error("--evaluate takes MODEL and text, and writes nothing")
+    if arguments.evaluate and arguments.model is None:
+        parser.error("--evaluate needs MODEL, before --text")
     if not arguments.evaluate and None in (arguments.out, arguments.kv_heads):
-        parser.error("a conversion needs MODEL OUT --kv-heads G --text FILE")
+        parser.error("a conversion needs MODEL OUT --kv-heads G --text FILE, in this order")
     if not arguments.text and not (arguments.evaluate and arguments.eval_text):
         parser.error("no --text FILE")
     return arguments

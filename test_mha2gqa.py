@@ -1203,6 +1203,7 @@ def test_config_file_keeps_unknown_keys_and_changes_only_the_heads():
     raw = {**BASE, "transformers_version": "4.1", "a_key_of_tomorrow": {"x": [1]}, "head_dim": None}
     config = m._parse_config(raw)
     assert (config.num_key_value_heads, config.head_dim) == (4, 12)
+    raw["architectures"] = ["LlamaForCausalLM"]  # what an engine looks for
     assert m._config_json(m.gqa_config(config, 2)) == {**raw, "num_key_value_heads": 2}
 
 
@@ -1237,7 +1238,8 @@ def make_directory(path, config, files):
             save_file(tensors, path / name, {"format": "pt"})
     if len(files) > 1:
         kind = "model.safetensors" if name.endswith(".safetensors") else "pytorch_model.bin"
-        index = {"weight_map": {n: file for file, tensors in files.items() for n in tensors}}
+        index = {"metadata": {},
+                 "weight_map": {n: file for file, tensors in files.items() for n in tensors}}
         (path / f"{kind}.index.json").write_text(json.dumps(index))
     return path
 
@@ -1257,15 +1259,139 @@ def test_the_file_layouts_of_the_hub(tmp_path):
         "bin": {"pytorch_model.bin": weights},
         "bins": {"pytorch_model-00001-of-00002.bin": one, "pytorch_model-00002-of-00002.bin": two},
     }
-    for name, files in layouts.items():
-        path = make_directory(tmp_path / name, config, files)
-        assert same_weights(m.load_checkpoint(path)[1], weights), name
+    paths = [make_directory(tmp_path / name, config, files) for name, files in layouts.items()]
     aside = make_directory(tmp_path / "aside", config, {"pytorch_model.bin": weights})
     save_file({"lora": torch.ones(2)}, aside / "adapter_model.safetensors")
-    assert same_weights(m.load_checkpoint(aside)[1], weights)
     old = make_directory(tmp_path / "old", config, {})  # before torch 1.6: not an archive
     torch.save(weights, old / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert same_weights(m.load_checkpoint(old)[1], weights)
+    # The one file counts, and not what lies beside it from the time when the model was sharded.
+    other = {n: w + 1 for n, w in weights.items()}
+    stale = make_directory(tmp_path / "stale", config, {
+        f"model-{i}-of-2.safetensors": part for i, part in enumerate(halves(other), 1)})
+    save_file(weights, stale / "model.safetensors", {"format": "pt"})
+    gone = Path(shutil.copytree(stale, tmp_path / "gone"))
+    for shard in gone.glob("model-*"):
+        shard.unlink()
+    both = make_directory(tmp_path / "both", config, {"pytorch_model.bin": other})
+    save_file(weights, both / "model.safetensors", {"format": "pt"})
+    leftovers = make_directory(tmp_path / "leftovers", config, {"model.safetensors": weights | {
+        f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(6)
+        for name in ("inv_freq", "cos_cached", "sin_cached")}})
+    tokens = random_tokens(config)
+    found = logits_of(config, weights, tokens)
+    for path in [*paths, aside, old, stale, gone, both, leftovers]:
+        assert same_weights(m.load_checkpoint(path)[1], weights), path.name
+        with torch.no_grad():
+            wanted = transformers_model(path)(tokens).logits
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max(), path.name
+
+
+@pytest.mark.parametrize("rename", [
+    lambda n: f"_orig_mod.{n}", lambda n: f"module.{n}", lambda n: f"base_model.model.{n}",
+    lambda n: f"module._orig_mod.{n}", lambda n: n.replace("self_attn.", "self_attn._orig_mod."),
+    lambda n: n.removeprefix("model.")])
+def test_prefixes_that_wrappers_leave_are_stripped(tmp_path, rename):
+    config = config_of()
+    weights = random_weights(config)
+    path = make_directory(tmp_path / "x", config, {
+        "model.safetensors": {rename(n): w for n, w in weights.items()}})
+    assert same_weights(m.load_checkpoint(path)[1], weights)
+
+
+def test_a_model_saved_without_its_head_equals_transformers(tmp_path):
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    LlamaModel(LlamaConfig(**BASE, tie_word_embeddings=True)).save_pretrained(tmp_path / "x")
+    config, weights = m.load_checkpoint(tmp_path / "x")
+    tokens = random_tokens(config)
+    with torch.no_grad():
+        wanted = transformers_model(tmp_path / "x")(tokens).logits
+    found = logits_of(config, weights, tokens)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert m._config_json(config)["architectures"] == ["LlamaForCausalLM"]
+
+
+# Changes to config.json that transformers takes as they are.
+CONFIG_FILES = {
+    "swish": {"hidden_act": "swish"},
+    "mistral's 8 KV heads": {"model_type": "mistral", "sliding_window": None, "head_dim": 6,
+                             "num_attention_heads": 16},
+    "llama3, also at the top": {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32},
+    "llama3, only at the top": {"rope_scaling": dict(list(LLAMA3.items())[:4]),
+                                "original_max_position_embeddings": 32},
+    "llama3, nowhere": {"rope_scaling": dict(list(LLAMA3.items())[:4])},
+    "two thetas": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+                   "rope_theta": 20000.0},
+    "two ropes": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+                  "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_settings_are_taken_as_transformers_takes_them(tmp_path, name):
+    raw = {**BASE, **CONFIG_FILES[name]}
+    config = m._parse_config(raw)
+    weights, tokens = random_weights(config), random_tokens(config, time=200)
+    path = make_directory(tmp_path / "x", config, {"model.safetensors": weights})
+    assert json.loads((path / "config.json").read_text()) == raw
+    with torch.no_grad():
+        wanted = transformers_model(path)(tokens).logits
+    found = logits_of(config, weights, tokens)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_what_names_the_source_s_own_code_is_not_in_the_result(tmp_path):
+    """Yi's old files are LLaMA under another name; the result is one by its own name."""
+    raw = {**BASE, "model_type": "Yi", "architectures": ["YiForCausalLM"],
+           "auto_map": {"AutoModelForCausalLM": "modeling_yi.YiForCausalLM"}}
+    config = m._parse_config(raw)
+    weights = random_weights(config)
+    m.save_checkpoint(tmp_path / "x", config, weights)
+    written = json.loads((tmp_path / "x/config.json").read_text())
+    assert "auto_map" not in written and written["architectures"] == ["LlamaForCausalLM"]
+    assert type(transformers_model(tmp_path / "x")).__name__ == "LlamaForCausalLM"
+
+
+def test_the_tokenizer_s_own_code_and_its_files_come_along(tmp_path):
+    from transformers import AutoTokenizer
+
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "words.py").write_text("def split(text):\n    return text.split()\n")
+    (source / "modeling_words.py").write_text("")
+    (source / "list.words").write_text("<unk>\none\ntwo\n")
+    (source / "notes.words").write_text("not named anywhere")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    (source / "tokenization_words.py").write_text("""
+from transformers import PreTrainedTokenizer
+from .words import split
+
+class WordTokenizer(PreTrainedTokenizer):
+    vocab_files_names = {"vocab_file": "list.words"}
+
+    def __init__(self, vocab_file, **keywords):
+        with open(vocab_file) as file:
+            self.words = file.read().split()
+        super().__init__(unk_token="<unk>", **keywords)
+
+    vocab_size = property(lambda self: len(self.words))
+    get_vocab = lambda self: {word: i for i, word in enumerate(self.words)}
+    _tokenize = lambda self, text: split(text)
+    _convert_token_to_id = lambda self, word: self.get_vocab().get(word, 0)
+    _convert_id_to_token = lambda self, i: self.words[i]
+""")
+    (source / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "WordTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_words.WordTokenizer", None]}}))
+    config = config_of()
+    m.save_checkpoint(tmp_path / "x", config, random_weights(config), source)
+    copied = {str(f.relative_to(tmp_path / "x")) for f in (tmp_path / "x").rglob("*")}
+    assert copied >= {"words.py", "list.words", "additional_chat_templates/tools.jinja"}
+    assert "notes.words" not in copied
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    assert tokenizer("two one three")["input_ids"] == [2, 1, 0]
 
 
 def test_leftovers_are_dropped_and_tied_embeddings_have_one_name(tmp_path):
@@ -1359,11 +1485,78 @@ def test_documents_of_all_kinds_of_files(tmp_path):
     for name, opener in (("a.jsonl", open), ("a.jsonl.gz", gzip.open), ("a.jsonl.xz", lzma.open)):
         with opener(tmp_path / name, "wt", encoding="utf-8") as file:
             file.write(records)
-        assert m._read_documents(tmp_path / name) == ["größe", "two\nlines"]
+        assert list(m._Documents([tmp_path / name], 100)) == ["größe", "two\nlines"]
     (tmp_path / "b.jsonl").write_text('\ufeff{"text": "half \\ud800 a pair"}')
-    assert m._read_documents(tmp_path / "b.jsonl") == ["half ? a pair"]
-    (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
-    assert m._read_documents(tmp_path / "a.txt") == ["one\ntwo\n"]
+    assert list(m._Documents([tmp_path / "b.jsonl"], 100)) == ["half ? a pair"]
+    (tmp_path / "a.txt").write_text("\ufeffone\ntwo\n", encoding="utf-8")
+    assert list(m._Documents([tmp_path / "a.txt"], 100)) == ["one\ntwo\n"]
+    (tmp_path / "b.txt").write_text("größer", encoding="utf-8")  # cut within ß, of two bytes
+    assert list(m._Documents([tmp_path / "b.txt"], 1)) == ["grö"]
+    every = [tmp_path / "a.txt", tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"]
+    documents = m._Documents(every, 100)
+    assert [documents[i] for i in (3, 1, 0, 2)] == [
+        "half ? a pair", "größe", "one\ntwo\n", "two\nlines"]
+
+
+@pytest.mark.parametrize("name", [
+    "a.ndjson", "a.JSONL", "a.jsonlines", "a.jsonl.txt", "a", "a.txt", "a.bin", "pipe"])
+def test_records_are_known_by_what_is_in_the_file(tmp_path, name):
+    content = b'\n{"text": "one", "url": 1}\n{"text": ""}\n{"text": "two"}\n   '
+    file = tmp_path / name
+    if name == "pipe":
+        os.mkfifo(file)
+        subprocess.Popen(["sh", "-c", f"printf '%s' '{content.decode()}' > {file}"])
+    else:
+        file.write_bytes(content)
+    assert list(m._Documents([file], 100)) == ["one", "two"]
+    if name != "pipe":
+        file.write_bytes(gzip.compress(content))
+        assert list(m._Documents([file], 100)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("content, found", [
+    ('[{"text": "one"},\n {"text": "two\\n"}]', ["one", "two\n"]),
+    ('\n[\n  {\n    "text": "one"\n  }\n]\n', ["one"]),
+    ("[Verse]\none", ["[Verse]\none"]), ("{one}\n", ["{one}\n"]), ('"one"', ['"one"']),
+    ("[1, 2]", ["[1, 2]"])])
+def test_arrays_of_records_and_what_only_looks_like_json(tmp_path, content, found):
+    (tmp_path / "a").write_text(content)
+    assert list(m._Documents([tmp_path / "a"], 100)) == found
+
+
+def test_parquet(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(ValueError, match="a.parquet: to read Parquet, pip install pyarrow"):
+            m._Documents([tmp_path / "a.parquet"], 100)
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    with pytest.raises(ValueError, match="a.parquet: cannot be read"):
+        m._Documents([tmp_path / "a.parquet"], 100)
+    for column in ("text", "body"):
+        table = pyarrow.table({column: ["one", None, "two"], "url": [1, 2, 3]})
+        parquet.write_table(table, tmp_path / f"{column}.parquet")
+    assert list(m._Documents([tmp_path / "text.parquet"], 100)) == ["one", "two"]
+    with pytest.raises(ValueError, match='body.parquet: cannot be read .* a column "text"'):
+        m._Documents([tmp_path / "body.parquet"], 100)
+
+
+def test_little_is_held_of_a_large_text(tmp_path, bpe):
+    """100 MB of records for 640 tokens: no more memory than the places and a batch take."""
+    line = json.dumps({"text": "words and more words " * 50}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * (100_000_000 // len(line)))
+    (tmp_path / "b.txt").write_text("a line of text\n" * (100_000_000 // 15))
+    code = ("import sys, mha2gqa as m; from pathlib import Path\n"
+            "config = m._parse_config(m.read_json(Path(sys.argv[2])))\n"
+            "before = m.Meter(m.torch.device('cpu')); before.lap('')\n"
+            "m.text_rows(sys.argv[1], config, m.Corpus(sys.argv[3:], tokens=640, seq_len=64))\n"
+            "after = m.Meter(m.torch.device('cpu')); after.lap('')\n"
+            "print(after.peak_memory['host'] - before.peak_memory['host'])")
+    m.write_json(tmp_path / "config.json", {**BASE, "vocab_size": 384})
+    done = subprocess.run(
+        [sys.executable, "-c", code, bpe.parent, tmp_path / "config.json", tmp_path / "a.jsonl",
+         tmp_path / "b.txt"], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 30e6
 
 
 def letters(texts):
@@ -1402,6 +1595,37 @@ def test_tokenizer_json_decides_on_bos(bpe):
     encode = m.load_tokenizer(bpe.parent)
     (ids,) = encode(["Notes on using the statement, at some length, again and again."])
     assert ids[0] == 1 and 1 not in ids[1:] and 2 not in ids and len(ids) > 20
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("add_bos", [True, False, None])
+@pytest.mark.parametrize("bos_token", ["<s>", {"content": "<s>", "lstrip": False}])
+def test_explicit_settings_of_bos_hold_and_it_is_put_once(
+        tmp_path, bpe, template, add_bos, bos_token):
+    """As in transformers 4; transformers 5 asks tokenizer.json alone."""
+    from tokenizers import Tokenizer, processors
+    from transformers import AutoTokenizer
+
+    tokenizer = Tokenizer.from_file(str(bpe))
+    tokenizer.no_truncation()
+    if not template:
+        tokenizer.post_processor = processors.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>",
+                "bos_token": bos_token if isinstance(bos_token, str) else
+                {"__type": "AddedToken", **bos_token}}
+    if add_bos is not None:
+        settings["add_bos_token"] = add_bos
+    m.write_json(tmp_path / "tokenizer_config.json", settings)
+    texts = ["a text", "and one", "<s>with BOS in it"]
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode_batch(
+        texts, add_special_tokens=False)
+    found = m.load_tokenizer(tmp_path)(texts)
+    with_bos = template if add_bos is None else add_bos
+    assert found[:2] == [[1] * with_bos + e.ids for e in plain[:2]]
+    assert found[2] == plain[2].ids and found[2].count(1) == 1
+    if with_bos == template:
+        assert found[:2] == AutoTokenizer.from_pretrained(tmp_path)(texts[:2])["input_ids"]
 
 
 def test_sentencepiece_puts_bos_first_unless_told(tmp_path, topics):
@@ -1513,6 +1737,9 @@ def test_dry_run_writes_nothing(trained, tmp_path, capfd):
     status, out, err = command(capfd, trained / "mha", tmp_path / "out", "--kv-heads", 4, "--text",
                                trained / "text.jsonl", "--dry-run", "--tokens", 1000)
     assert (status, out.count("\n"), err) == (0, 1, "") and not list(tmp_path.iterdir())
+    again = command(capfd, "--kv-heads", 4, "--dry-run", "--tokens", 1000, "--text",
+                    trained / "text.jsonl", trained / "mha", tmp_path / "out")  # in another order
+    assert again == (status, out, err)
 
 
 @pytest.mark.slow
@@ -1586,7 +1813,18 @@ def torch_file(value):
     return buffer.getvalue()
 
 
+def other_folder(*names):
+    """Put these files in place of all that is there."""
+    def edit(folder):
+        shutil.rmtree(folder)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"{}")
+    return edit
+
+
 SHARD, Q = "model-00002-of-00003.safetensors", "self_attn.q_proj.weight"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 132\n"
 CORRUPT_BIN = "pytorch_model.bin: truncated, corrupt or not a plain file of tensors"
 BROKEN = {
     # files
@@ -1597,15 +1835,42 @@ BROKEN = {
     "shard cut": (edit_file(SHARD, lambda b: b[:-100]), f"{SHARD}: truncated, corrupt"),
     "shard of rubbish": (edit_file(SHARD, lambda b: b"\xff" * 1000), f"{SHARD}: truncated"),
     "no weights": (lambda folder: [f.unlink() for f in folder.glob("model*")],
-                   r"no \*.safetensors and no pytorch_model\*.bin"),
+                   r"no model\*.safetensors and no pytorch_model\*.bin"),
     "index above": (edit_index("../x.safetensors"), "'../x.safetensors' is outside the directory"),
     "index absolute": (edit_index("/x.safetensors"), "'/x.safetensors' is outside the directory"),
     "bin cut": (as_bin(lambda b: b[:-1000]), CORRUPT_BIN),
     "bin of rubbish": (as_bin(lambda b: b"garbage"), CORRUPT_BIN),
     "bin empty": (as_bin(lambda b: b""), CORRUPT_BIN),
     "bin with code": (as_bin(lambda b: pickle.dumps(Path("code"), protocol=2)), CORRUPT_BIN),
-    "bin nested": (as_bin(lambda b: torch_file({"state_dict": {"x": torch.ones(2)}})), CORRUPT_BIN),
-    "bin with numbers for names": (as_bin(lambda b: torch_file({1: torch.ones(2)})), CORRUPT_BIN),
+    "bin nested": (as_bin(lambda b: torch_file({"state_dict": {"x": torch.ones(2)}})),
+                   "pytorch_model.bin: holds a dict under 'state_dict', expected tensors alone; if "
+                   "that is the model's state dict, save it by itself"),
+    "bin with numbers for names": (as_bin(lambda b: torch_file({1: torch.ones(2)})),
+                                   "pytorch_model.bin: holds a Tensor under 1, expected tensors"),
+    "bin of one tensor": (as_bin(lambda b: torch_file(torch.ones(2))),
+                          "pytorch_model.bin: holds a Tensor, expected a state dict"),
+    "index without shards": (edit_file("model.safetensors.index.json", lambda b: b"{}"),
+                             "model.safetensors.index.json: has no weight_map"),
+    "pointer for weights": (edit_file(SHARD, lambda b: POINTER),
+                            f"{SHARD}: only a Git LFS pointer to the file; run `git lfs pull` in"),
+    "pointer for the config": (edit_file("config.json", lambda b: POINTER),
+                               "config.json: only a Git LFS pointer"),
+    "pointer for the tokenizer": (edit_file("tokenizer.json", lambda b: POINTER),
+                                  "tokenizer.json: only a Git LFS pointer"),
+    # folders of other kinds
+    "adapter": (other_folder("adapter_config.json", "adapter_model.safetensors"),
+                "x: holds adapter_config.json, which is a PEFT adapter's; load it with PEFT"),
+    "gguf": (other_folder("model.Q4_0.gguf"), "x: holds model.Q4_0.gguf, which is a GGUF file; tr"),
+    "Meta's": (other_folder("consolidated.00.pth", "params.json"),
+               "x: holds consolidated.00.pth, which is in Meta's own format; transformers' conv"),
+    "hub cache": (other_folder("refs/main", "snapshots/0a1b/config.json"),
+                  "x: holds snapshots/0a1b, which is a model in a hub cache; MODEL is that folder"),
+    "models": (other_folder("gqa/config.json", "report.json"),
+               "x: holds gqa/config.json, which is a model's; MODEL is the folder that has it"),
+    "training checkpoint": (other_folder("__0_0.distcp", ".metadata"),
+                            "x: holds __0_0.distcp, which is a part of a training's checkpoint"),
+    "LoRA": (edit_weight(lambda w: {Q: w, "self_attn.q_proj.lora_A.weight": w[:2].clone()}),
+             "q_proj.lora_A.weight is a LoRA weight; merge the adapter into its model"),
     # what config.json asks for
     "model type": (edit_config(model_type="qwen3"),
                    r"config.json: not supported: model_type 'qwen3' \(supported: llama, mistral"),
@@ -1642,6 +1907,10 @@ BROKEN = {
     "layers": (edit_config(num_hidden_layers=3),
                "2 layers among the weights, but num_hidden_layers is 3 in config.json"),
     "tied": (edit_config(tie_word_embeddings=True), "but lm_head.weight differs"),
+    "eos beyond": (edit_config(eos_token_id=384), "config.json: eos_token_id is 384, expected one "
+                   "of the vocabulary's 0 to 383, or null"),
+    "eos of several beyond": (edit_config(eos_token_id=[-1, 2]), "config.json: eos_token_id is -1"),
+    "eos as text": (edit_config(eos_token_id="2"), "config.json: eos_token_id is '2'"),
     # tensors
     "tensor missing": (edit_weight(lambda w: {}), f"missing tensor model.layers.0.{Q}; is config"),
     "tensor unknown": (edit_weight(lambda w: {Q: w, "self_attn.q_norm.weight": w[0].clone()}),
@@ -1650,6 +1919,12 @@ BROKEN = {
               rf"{Q} has shape \[47, 48\], expected \[48, 48\] from config.json"),
     "dtype": (edit_weight(lambda w: {Q: w.to(torch.int8)}),
               f"{Q} is torch.int8, expected float16, bfloat16 or float32"),
+    "no head": (lambda folder: [edit(folder) for edit in (
+        edit_file("model.safetensors.index.json", lambda b: None),
+        lambda folder: save_file({"model.norm.weight": torch.ones(48),
+                                  "model.embed_tokens.weight": torch.ones(384, 48)},
+                                 folder / "model-00003-of-00003.safetensors"))],
+                "missing tensor lm_head.weight, but tie_word_embeddings is not true in"),
     # the tokenizer
     "no tokenizer": (edit_file("tokenizer.json", lambda b: None),
                      "no tokenizer.json and no tokenizer.model"),
@@ -1684,6 +1959,8 @@ BAD_TEXT = {
     "not.jsonl.gz": (b"no gzip", "not.jsonl.gz: cannot be read"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n')[:-9], "cut.jsonl.gz: cannot be read"),
     "not.txt.xz": (b"no xz", "not.txt.xz: cannot be read"),
+    "pointer.jsonl": (POINTER, "pointer.jsonl: only a Git LFS pointer"),
+    "array.json": (b'[{"text": "a"}, {"text"', "array.json: not a JSON array"),
     "short.txt": (b"too short", "too little text in .*short.txt: 2 rows of 64 tokens"),
 }
 
@@ -1749,11 +2026,12 @@ def test_the_current_directory_is_not_replaced(trained, tmp_path, capfd, monkeyp
 
 
 @pytest.mark.parametrize("model, message", [
-    ("nowhere", r"nowhere: no such directory \(MODEL is one on this machine\)"),
-    ("text.jsonl", "text.jsonl: no such directory")])
+    ("{trained}/nowhere", r"nowhere: no such directory \(MODEL is one on this machine\)"),
+    ("{trained}/text.jsonl", "text.jsonl: is a file; MODEL is the directory with config.json, th"),
+    ("huggyllama/llama-7b", "no such directory .*; `hf download huggyllama/llama-7b --local-dir")])
 def test_models_that_are_no_directory(trained, tmp_path, capfd, model, message):
-    refused(capfd, tmp_path, message, trained / model, tmp_path / "out", "--kv-heads", 4, "--text",
-            trained / "text.jsonl")
+    refused(capfd, tmp_path, message, model.format(trained=trained), tmp_path / "out",
+            "--kv-heads", 4, "--text", trained / "text.jsonl")
 
 
 def test_one_kv_head_is_nothing_to_merge(trained, tmp_path, capfd):
@@ -1838,7 +2116,8 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "the following arguments are required: MODEL"),
+    ([], "a conversion needs MODEL OUT --kv-heads G --text FILE"),
+    (["--text", "x", "--evaluate"], "--evaluate needs MODEL, before --text"),
     (["x"], "a conversion needs MODEL OUT --kv-heads G --text FILE"),
     (["x", "y", "--kv-heads", "4"], "no --text FILE"),
     (["x", "y", "--kv-heads", "four"], "argument --kv-heads: invalid int value: 'four'"),
@@ -2142,6 +2421,7 @@ BAD_TASKS = {  # files of the tasks' folder, and what is said of them
                              "train.jsonl, line 2: not a record of piqa"),
     "records of another task": ({"boolq/train.jsonl": RECORD}, "line 1: not a record of boolq"),
     "no JSON": ({"boolq/train.jsonl": "x"}, "line 1: not a record of boolq"),
+    "a pointer": ({"boolq/train.jsonl": POINTER.decode()}, "train.jsonl: only a Git LFS pointer"),
 }
 
 
@@ -2384,9 +2664,15 @@ def test_tasks_with_labels_beside_them(tmp_path, task, file, record, first):
     with pytest.raises(ValueError, match="no such file; it should hold"):
         train_gqa.read_task(tmp_path, task, dev=True)
     labels.write_text(f"{first + 1}\n{first}\n")
-    (prompt, answer), (_, other) = train_gqa.read_task(tmp_path, task, dev=True)
+    found = train_gqa.read_task(tmp_path, task, dev=True)
+    (prompt, answer), (_, other) = found
     assert (answer, other) == ("two", "one") and "Choices: ['one', 'two'" in prompt.replace(
         "Choose the most", "")
+    (tmp_path / task / f"{file}.jsonl").write_text(
+        f"\ufeff{json.dumps(record)}\n \n{json.dumps(record)}\r\n  \n", encoding="utf-8")
+    labels.write_text(f"\ufeff{first + 1}\n{first}\n\n", encoding="utf-8")
+    assert train_gqa.read_task(tmp_path, task, dev=True) == found
+    (tmp_path / task / f"{file}.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record))
     labels.write_text("1\n")
     with pytest.raises(ValueError, match="1 labels for 2 records"):
         train_gqa.read_task(tmp_path, task, dev=True)

@@ -1146,15 +1146,21 @@ def read_task(folder: Path, task: str, dev: bool) -> list[tuple[str, str]]:
     if not files:
         raise ValueError(f"{folder / task}: no {' or '.join(names[dev])}")
     file = files[0]
+    mha2gqa.refuse_pointer(file)
     labels_file = file.with_name(f"{file.stem}-labels.lst")
-    lines = file.read_text(encoding="utf-8").strip("\n").split("\n")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error})") from None
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if parse in (piqa, siqa) and not labels_file.is_file():
         raise ValueError(f"{labels_file}: no such file; it should hold {file.name}'s labels")
-    labels = labels_file.read_text().split() if labels_file.is_file() else [None] * len(lines)
+    labels = (labels_file.read_text(encoding="utf-8-sig").split() if labels_file.is_file()
+              else [None] * len(lines))
     if len(labels) != len(lines):
         raise ValueError(f"{labels_file}: {len(labels)} labels for {len(lines)} records")
     examples = []
-    for number, (line, label) in enumerate(zip(lines, labels, strict=True), 1):
+    for (number, line), label in zip(lines, labels, strict=True):
         try:
             examples.append(parse(json.loads(line), label))
         except (ValueError, KeyError, TypeError, IndexError) as error:
