@@ -83,7 +83,8 @@ __all__ = [
     "joint_refit", "resampled_rows", "embed", "read_block",
     "Corpus", "convert", "evaluate",
     "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_prefix",
-    "block_weights", "non_block_weights", "read_json", "write_json", "refuse_pointer",
+    "block_weights", "non_block_weights", "read_json", "write_json", "rename_when_on_disk",
+    "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
     "kv_cache_bytes", "gigabytes", "Meter", "progress", "ArgumentParser",
     "add_method_arguments", "method_of_arguments", "install_signal_handlers",
@@ -1702,6 +1703,29 @@ def write_json(file: Path, value) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def rename_when_on_disk(new: Path, path: Path) -> None:
+    """Give a file or a directory that is finished its name, once the system has written all of it.
+
+    Otherwise a machine that dies could leave the name, and nothing or a part behind it.
+    """
+    for entry in (*(new.rglob("*") if new.is_dir() else ()), new):
+        _flush(entry)
+    new.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or the names in a directory are on the disk."""
+    flags = getattr(os, "O_DIRECTORY", None) if path.is_dir() else os.O_RDONLY
+    if flags is None:  # a system that cannot open directories
+        return
+    opened = os.open(path, flags)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def refuse_pointer(file: Path) -> None:
     """Raise ValueError if Git LFS has left a few lines about the file in the file's place."""
     with open(file, "rb") as opened:
@@ -2009,7 +2033,7 @@ def _new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
         yield temporary
         if path.exists():
             shutil.copymode(path, temporary)
-        temporary.replace(path)
+        rename_when_on_disk(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -2232,7 +2232,7 @@ def test_the_loss_in_the_report_is_that_of_the_written_model(runs):
     config, weights = m.load_checkpoint(out / "gqa")
     arguments = report["arguments"]
     encode = m.load_tokenizer(arguments["model"])
-    documents = m._read_documents(arguments["text"][0])
+    documents = m._Documents(arguments["text"], 10**6)
     rows = m._pack_rows(documents, encode, config, 10**6, 64, seed=0)
     rows = rows[: len(rows) // 10]  # held out: the first rows, as many as 10 %
     logits = logits_of(config, weights, rows)[:, :-1].flatten(0, 1)

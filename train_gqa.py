@@ -39,6 +39,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -90,7 +91,7 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> "TokenBatch":
         document = None if self.document is None else self.document.to(device)
-        return TokenBatch(self.tokens.to(device), self.loss_bits.to(device), document)
+        return TokenBatch(self.tokens.to(device, torch.int64), self.loss_bits.to(device), document)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -145,8 +146,13 @@ def micro_batches(
 def start_processes() -> torch.device:
     """Join torchrun's processes, or be the only one; returns this process's device.
 
-    Raises ValueError if there are more processes here than GPUs.
+    Raises ValueError if there are more processes here than GPUs, or if what torchrun would have set
+    is not what it sets.
     """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise ValueError(f"the environment has {name}={os.environ[name]!r}, expected a number "
+                             "from torchrun; unset it, or start with torchrun")
     cuda, here = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda and here > torch.cuda.device_count():
         raise ValueError(f"{here} processes on this machine, which has {torch.cuda.device_count()} "
@@ -168,7 +174,8 @@ def start_processes() -> torch.device:
 
 def is_rank_0() -> bool:
     """Whether this process is rank 0, which reads, writes and prints for all."""
-    return int(os.environ.get("RANK", 0)) == 0
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0  # if it is no number, there is only this one
 
 
 def print_rank_0(line: str) -> None:
@@ -186,7 +193,7 @@ def broadcast_from_rank_0(value):
 
 def raise_on_all_ranks(function: Callable):
     """What the function returns on this rank; or a ValueError if it raises ValueError or OSError on
-    any rank, so that none waits for another that has ended."""
+    any rank, so that none waits for another that has ended. Until then each waits for all."""
     found, error = None, None
     try:
         found = function()
@@ -197,6 +204,11 @@ def raise_on_all_ranks(function: Callable):
     for message in filter(None, errors):
         raise ValueError(message)
     return found
+
+
+def on_rank_0(function: Callable):
+    """`raise_on_all_ranks`, but only rank 0 calls the function; the others return None."""
+    return raise_on_all_ranks(function if is_rank_0() else lambda: None)
 
 
 def progress(items: Iterable, name: str, total: int, initial: int = 0) -> Iterable:
@@ -321,6 +333,11 @@ def load_sharded(
     return model
 
 
+def load_checkpoint(model: mha2gqa.Llama, source: Checkpoint) -> None:
+    """`load_sharded` of a checkpoint."""
+    load_sharded(model, source.blocks(), mha2gqa.non_block_weights(source.weights))
+
+
 def frozen_model(
     config: mha2gqa.LlamaConfig, blocks: Iterator[Mapping[str, Tensor]],
     non_block: Mapping[str, Tensor], device: torch.device
@@ -349,16 +366,15 @@ def save_model(
     dtypes = {name: source.weights[name].dtype for name in named}
     size = sum(p.numel() * dtypes[name].itemsize for name, p in named.items())
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(mha2gqa.new_checkpoint(
-            path, config, size, source.path)) if is_rank_0() else None
+        writer = on_rank_0(lambda: stack.enter_context(
+            mha2gqa.new_checkpoint(path, config, size, source.path)))
         for i in range(config.num_hidden_layers + 1):
             prefix = mha2gqa.block_prefix(i)
             part = {name: p for name, p in named.items() if name.startswith(prefix)}
             part = part or mha2gqa.non_block_weights(named)
             full = {name: gathered(p).to("cpu", dtypes[name]) for name, p in part.items()}
-            if writer:
-                writer.write_shard(full)
-    dist.barrier()
+            on_rank_0(lambda full=full: writer.write_shard(full))
+        on_rank_0(stack.close)
 
 
 def free_memory() -> None:
@@ -519,9 +535,10 @@ class Schedule:
 
 def train(
     model: mha2gqa.Llama, data: TokenBatch, objective: Objective, schedule: Schedule, folder: Path,
-    masks: Masks | None = None
+    begin: Callable[[], None], masks: Masks | None = None
 ) -> None:
-    """AdamW on the batches of the schedule, continued from the newest checkpoint in `folder`.
+    """AdamW on the batches of the schedule, continued from the newest checkpoint in `folder` that
+    can be read; if there is none, `begin` gives the model its weights.
 
     The loss is the sum of the objective's parts, each divided by the number of predictions in the
     global batch that carry its bit. Raises FloatingPointError at a loss that is not finite.
@@ -531,8 +548,10 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.95),
                                   weight_decay=0, fused=device.type == "cuda")
     first = load_newest(folder, model, optimizer, masks)
+    if first == 0:
+        begin()
     metrics, name, steps = folder.parent / "metrics.jsonl", schedule.stage, schedule.steps
-    drop_metrics_from(metrics, name, first)
+    on_rank_0(lambda: drop_metrics_from(metrics, name, first))
     with stop_signal() as stopped:
         for step in progress(range(first, steps), name, steps, first):
             start = time.perf_counter()
@@ -559,9 +578,7 @@ def train(
             parts = dict(zip(objective.parts, losses.tolist(), strict=True))
             record |= {"loss": losses.sum().item(), **parts, "lr": lr, "gradient_norm": norm,
                        "tokens_per_second": batch.tokens.numel() / (time.perf_counter() - start)}
-            if is_rank_0():
-                with open(metrics, "a") as file:
-                    file.write(json.dumps(record) + "\n")
+            on_rank_0(functools.partial(append_line, metrics, json.dumps(record)))
             stop, done = stopped(), step + 1
             due = schedule.save_every and done % schedule.save_every == 0 and done < steps
             if stop or due:
@@ -584,15 +601,21 @@ def backward(model: mha2gqa.Llama, batch: TokenBatch, objective: Objective) -> T
     return total
 
 
+def append_line(file: Path, line: str) -> None:
+    """Add a line to a file."""
+    with open(file, "a") as opened:
+        opened.write(line + "\n")
+
+
 def drop_metrics_from(file: Path, stage: str, first: int) -> None:
     """Drop the lines of steps that will be made again."""
-    if is_rank_0() and file.exists():
-        lines = file.read_text().splitlines()
-        records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut one
+    if file.exists():
+        lines = file.read_text(errors="replace").splitlines()
+        records = [json.loads(line) for line in lines if re.fullmatch(r"\{.*\}", line)]
         kept = [r for r in records if r["stage"] != stage or r["step"] < first]
         new = file.with_suffix(".new")
         new.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        new.replace(file)
+        mha2gqa.rename_when_on_disk(new, file)
 
 
 @contextlib.contextmanager
@@ -623,41 +646,88 @@ def save_step(folder: Path, step: int, model, optimizer, masks) -> None:
     partial = folder / f"partial_{step}"
     try:
         dcp.save(training_state(model, optimizer), checkpoint_id=partial)
-        if masks and is_rank_0():
-            torch.save([masks.log_alpha, masks.optimizer.state_dict()], partial / "masks.pt")
     except (RuntimeError, dcp.CheckpointException) as error:  # a full disk, for one
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{partial}: cannot be written ({str(error).splitlines()[0]})") from None
-    if is_rank_0():
-        partial.replace(folder / f"step_{step}")
+        raise OSError(f"{partial}: cannot be written ({error_line(error)})") from None
+
+    def finish():
+        if masks:
+            write_torch([masks.log_alpha, masks.optimizer.state_dict()], partial / "masks.pt")
+        mha2gqa.rename_when_on_disk(partial, folder / f"step_{step}")
         for old in checkpoints(folder)[:-2]:
             shutil.rmtree(folder / f"step_{old}")
-    dist.barrier()
+
+    on_rank_0(finish)
+
+
+def write_torch(value, file: Path) -> None:
+    """`torch.save`, whose error on a full disk is made an OSError."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise OSError(f"{file}: cannot be written ({error_line(error)})") from None
+
+
+def error_line(error: BaseException) -> str:
+    """One line that says why: of what checkpointing wraps, the innermost reason."""
+    while isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def checkpoints(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, in order."""
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+    names = (re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def load_newest(folder: Path, model, optimizer, masks) -> int:
-    """Continue from the newest checkpoint; returns the number of steps done."""
-    found = broadcast_from_rank_0(checkpoints(folder))
-    if is_rank_0():
+    """Continue from the newest checkpoint that can be read; returns the number of steps done.
+
+    One that cannot, as a machine may leave that dies while it writes, is put aside.
+    """
+    def clean():
         for partial in folder.glob("partial_*"):
             shutil.rmtree(partial)
-    if not found:
-        return 0
-    path, state = folder / f"step_{found[-1]}", training_state(model, optimizer)
+
+    def put_aside(path: Path, aside: Path):
+        shutil.rmtree(aside, ignore_errors=True)
+        path.replace(aside)
+
+    on_rank_0(clean)
+    for step in reversed(broadcast_from_rank_0(checkpoints(folder))):
+        path, aside = folder / f"step_{step}", folder / f"damaged_{step}"
+        try:
+            load_step(path, model, optimizer, masks)
+            return step
+        except (RuntimeError, ValueError, dcp.CheckpointException) as error:
+            print_rank_0(f"warning: {path} is damaged ({error_line(error)}); it is called "
+                         f"{aside.name} now, and the run goes on from what was before it")
+            on_rank_0(functools.partial(put_aside, path, aside))
+    optimizer.state.clear()  # of a checkpoint that was read in part
+    return 0
+
+
+def load_step(path: Path, model, optimizer, masks) -> None:
+    """Load a checkpoint; on all ranks, or an error on all."""
+    state = training_state(model, optimizer)
     dcp.load(state, checkpoint_id=path)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
     if masks:
-        log_alpha, adam = torch.load(path / "masks.pt", weights_only=True)
+        found = on_rank_0(lambda: read_torch(path / "masks.pt"))
+        log_alpha, adam = broadcast_from_rank_0(found)
         with torch.no_grad():
             masks.log_alpha.copy_(log_alpha)
         masks.optimizer.load_state_dict(adam)
-    return found[-1]
+
+
+def read_torch(file: Path):
+    """`torch.load`, mapped; ValueError for whatever is wrong with the file."""
+    try:
+        return torch.load(file, weights_only=True, mmap=True)
+    except Exception as error:  # a broken file can make torch.load raise almost anything
+        raise ValueError(f"{file}: cannot be read ({error_line(error)})") from None
 
 
 # ---- 7 evaluation --------------------------------------------------------------------------------
@@ -734,6 +804,27 @@ def evaluate_model(
     return found
 
 
+def share(data: Data | None, file: Path) -> Data:
+    """Rank 0's data on all ranks, mapped from a file that it writes: no process holds a copy."""
+    def fields_of(rows: TokenBatch | None) -> dict[str, Tensor | None] | None:
+        return None if rows is None else {**vars(rows), "tokens": rows.tokens.int()}
+
+    def rows_of(fields: dict | None) -> Any:
+        return None if fields is None else TokenBatch(**fields)
+
+    def write():
+        new, whole = file.with_name(f".{file.name}"), cast(Data, data)
+        dev = {task: (fields_of(rows), n) for task, (rows, n) in whole.dev.items()}
+        write_torch({"train": fields_of(whole.train), "held_out": fields_of(whole.held_out),
+                     "dev": dev}, new)
+        mha2gqa.rename_when_on_disk(new, file)
+
+    on_rank_0(write)
+    found = raise_on_all_ranks(lambda: read_torch(file))
+    dev = {task: (rows_of(rows), n) for task, (rows, n) in found["dev"].items()}
+    return Data(rows_of(found["train"]), rows_of(found["held_out"]), dev)
+
+
 # ---- 8 the run -----------------------------------------------------------------------------------
 
 
@@ -802,8 +893,7 @@ class Report:
 
     def __init__(self, args: Arguments, device: torch.device):
         self.file = args.out / "report.json"
-        self.content: dict[str, Any] = broadcast_from_rank_0(raise_on_all_ranks(
-            lambda: self.read(args) if is_rank_0() else None))
+        self.content: dict[str, Any] = broadcast_from_rank_0(on_rank_0(lambda: self.read(args)))
         self.scores = self.content["scores"]
         self.meter = mha2gqa.Meter(device, self.content["seconds"])
 
@@ -811,14 +901,17 @@ class Report:
         out, arguments = args.out, args.to_json()
         if self.file.exists():
             content = mha2gqa.read_json(self.file)
-            before = content.get("arguments", {})
+            if not {"arguments", "scores", "seconds"} <= content.keys():
+                raise ValueError(f"{self.file}: not a report of this program; choose another --out")
+            before = content["arguments"]
             for name in (n for n in arguments if before.get(n) != arguments[n]):
                 raise ValueError(f"{out}: holds a run with --{name.replace('_', '-')} "
                                  f"{before.get(name)}, not {arguments[name]}; choose another --out")
             for half_written in out.glob(".mha2gqa-*"):
                 shutil.rmtree(half_written)
             return content
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(
+                file.name != ".report.json" for file in out.iterdir())):  # a kill can leave that
             raise ValueError(f"{out}: exists and is not a run of this program; choose another "
                              "--out")
         return {"arguments": arguments, "scores": {}, "seconds": {}}
@@ -827,12 +920,26 @@ class Report:
         """Write the file, whole or not at all."""
         self.content["seconds"] = self.meter.seconds
         self.content["peak_memory_bytes"] = self.meter.peak_memory
-        if is_rank_0():
+
+        def write():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             new = self.file.with_name(".report.json")
             mha2gqa.write_json(new, self.content)
-            new.replace(self.file)
-        dist.barrier()
+            mha2gqa.rename_when_on_disk(new, self.file)
+
+        on_rank_0(write)
+
+    def check_files(self, args: Arguments) -> None:
+        """Raise ValueError if a file that the run reads has another size or time than when the run
+        began."""
+        found = file_stamps(args)
+        before = self.content.setdefault("files", found)
+        for name in sorted(before.keys() | found.keys()):
+            if before.get(name) != found.get(name):
+                what = ("has changed" if name in before and name in found else
+                        "is new" if name in found else "is gone")
+                raise ValueError(f"{name} {what} since the run in {args.out} began; choose another "
+                                 "--out, or bring back what was there")
 
     def score(
         self, name: str, data: Data, teacher: mha2gqa.Llama, model: Callable[[], mha2gqa.Llama]
@@ -843,6 +950,17 @@ class Report:
             self.meter.lap("evaluate")
             self.write()
             free_memory()
+
+
+def file_stamps(args: Arguments) -> dict[str, list[int]]:
+    """[bytes, time of the last change in ns] of every file that a run reads."""
+    folders = [Path(folder) for folder in (args.model, args.teacher) if folder]
+    tasks = Path(args.tasks).glob("*/*") if args.tasks else ()
+    files = [*(file for folder in folders for file in folder.glob("*")
+               if file.suffix in (".json", ".safetensors", ".bin", ".model")), *tasks,
+             *map(Path, (*args.text, *args.eval_text))]
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files if file.is_file()}
 
 
 def learning_rates(
@@ -912,12 +1030,13 @@ def load_data(args: Arguments, source: Checkpoint) -> Data:
     return Data(rows, held_out, dev)
 
 
-def read_input(args: Arguments, device: torch.device) -> tuple[Checkpoint, Data, Schedule]:
-    """(source, data, schedule) of a run, all checked; prints what will be done.
+def read_input(
+    args: Arguments, source: Checkpoint, device: torch.device
+) -> tuple[Data, Schedule]:
+    """(data, schedule) of a run, all checked; prints what will be done.
 
     Raises ValueError for what is wrong with the input.
     """
-    source = Checkpoint.open(args.model)
     config, new_config = source.config, mha2gqa.gqa_config(source.config, args.kv_heads)
     if args.teacher:
         open_teacher(args, config)
@@ -940,7 +1059,7 @@ def read_input(args: Arguments, device: torch.device) -> tuple[Checkpoint, Data,
         + ("" if args.no_masks else f", of masks {schedule.mask_lr:.1e}")
         + f"; {n} x {device.type}, {mha2gqa.gigabytes(memory)} each for weights, gradients and "
         "Adam")
-    return source, data, schedule
+    return data, schedule
 
 
 def check_disk(out: Path, needed: int) -> None:
@@ -975,9 +1094,8 @@ def fine_tuned_teacher(
     folder, sft = args.out / "teacher", args.out / "sft"
     if not broadcast_from_rank_0(folder.exists()):
         model = shard(meta_model(source.config), device, recompute=args.checkpoint_activations)
-        load_sharded(model, source.blocks(), mha2gqa.non_block_weights(source.weights))
         schedule = make_schedule(args, "fine-tune", source.config, data)
-        train(model, data, cross_entropy(), schedule, sft)
+        train(model, data, cross_entropy(), schedule, sft, lambda: load_checkpoint(model, source))
         save_model(folder, model, source.config, source)
         del model
         free_memory()
@@ -1035,7 +1153,8 @@ def run_stages(
         shard(student, device, recompute=args.checkpoint_activations)
         masks = None if args.no_masks else Masks(
             student, schedule.steps, schedule.mask_lr, schedule.seed)
-        if not broadcast_from_rank_0(checkpoints(checkpoints_folder)):
+
+        def convert():
             n_rows = max(2, args.calibration_tokens // data.train.tokens.shape[1])
             blocks = student_blocks(start, data.train[:n_rows].to(device), args.kv_heads,
                                     args.method, fading=not args.no_masks)
@@ -1044,7 +1163,9 @@ def run_stages(
                 masks.hold(0.0, device)
             report.meter.lap("convert")
             report.score("converted", data, teacher, lambda: student)
-        train(student, data.train, distillation(teacher), schedule, checkpoints_folder, masks)
+
+        train(student, data.train, distillation(teacher), schedule, checkpoints_folder, convert,
+              masks)
         report.meter.lap("distill")
         save_model(result, student, new_config, source)
         report.meter.lap("write")
@@ -1253,9 +1374,9 @@ def make_demo_source(corpus: mha2gqa.Corpus, device: torch.device) -> None:
                for name, p in meta_model(config).named_parameters()}
     start = Checkpoint(DEMO / "tokenizer", config, weights)
     model = shard(meta_model(config), device)
-    load_sharded(model, start.blocks(), mha2gqa.non_block_weights(weights))
     schedule = Schedule("make the source", 400, 16, 3e-3, 0, seed=0, save_every=0)
-    train(model, text_batch(rows), cross_entropy(), schedule, DEMO / "pretraining")
+    train(model, text_batch(rows), cross_entropy(), schedule, DEMO / "pretraining",
+          lambda: load_checkpoint(model, start))
     save_model(DEMO / "source", model, config, start)
     if is_rank_0():
         shutil.rmtree(DEMO / "pretraining", ignore_errors=True)
@@ -1355,10 +1476,14 @@ def run(args: Arguments, device: torch.device) -> None:
             report.write()
             make_demo_source(args.corpus, device)
             report.meter.lap("make the source")
-        source, data, schedule = raise_on_all_ranks(lambda: read_input(args, device))
+        source = raise_on_all_ranks(lambda: Checkpoint.open(args.model))
+        on_rank_0(lambda: report.check_files(args))
+        data, schedule = on_rank_0(lambda: read_input(args, source, device)) or (None, None)
         report.meter.lap("read")
         report.write()
+        data, schedule = share(data, args.out / "data.pt"), broadcast_from_rank_0(schedule)
         run_stages(args, source, data, schedule, report, device)
+        on_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
     print_report(report)
 
 
@@ -1375,6 +1500,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"error: {str(error).splitlines()[0]} More processes, --checkpoint-activations or a "
               "shorter --seq-len take less", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        if os.environ["RANK"] in ("0", "1"):  # one of them at least has not ended before
+            print("error: another process of this run has ended, see above; the same command "
+                  "continues", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if is_rank_0():
