@@ -83,8 +83,8 @@ __all__ = [
     "joint_refit", "resampled_rows", "embed", "read_block",
     "Corpus", "convert", "evaluate",
     "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_prefix",
-    "block_weights", "non_block_weights", "read_json", "write_json", "rename_when_on_disk",
-    "refuse_pointer",
+    "block_weights", "non_block_weights", "read_json", "write_json", "writing",
+    "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
     "kv_cache_bytes", "gigabytes", "Meter", "progress", "ArgumentParser",
     "add_method_arguments", "method_of_arguments", "install_signal_handlers",
@@ -135,7 +135,7 @@ class LlamaConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide "
                              f"num_attention_heads {self.num_attention_heads}")
-        if self.head_dim % 2:
+        if self.head_dim % 2 or self.head_dim < 2:
             raise ValueError(f"head_dim is {self.head_dim}, but RoPE needs an even one")
 
     @property
@@ -1656,9 +1656,9 @@ def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
         raise ValueError(f"no {', '.join(absent)}")
     for name, value in numbers.items():
         wanted = types.get(name, float)
-        if wanted in (int, float) and not (
-                type(value) in (int, wanted) and 0 < value < math.inf):
-            raise ValueError(f"{name} is {value!r}, expected a positive number")
+        most = 2**28 if wanted is int else 1e30  # products of two are sizes of tensors
+        if wanted in (int, float) and not (type(value) in (int, wanted) and 0 < value < most):
+            raise ValueError(f"{name} is {value!r:.40}, expected a positive number below {most}")
     config = LlamaConfig(**fields, raw=raw)
     for token in config.eos_ids:
         if type(token) is not int or not 0 <= token < config.vocab_size:
@@ -1698,9 +1698,22 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """In the with block an error of writing the file is made an OSError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise OSError(f"{file}: cannot be written ({reason})") from None
+
+
 def write_json(file: Path, value) -> None:
     """Write a value as an indented JSON file."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with writing(file):
+        file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def rename_when_on_disk(new: Path, path: Path) -> None:
@@ -1948,16 +1961,13 @@ class CheckpointWriter:
 
     def write_shard(self, weights: Weights) -> None:
         """Write the next of L + 1 shards, the blocks and then what is outside of them."""
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self.n_shards += 1
         name = f"model-{self.n_shards:05d}-of-{self.config.num_hidden_layers + 1:05d}.safetensors"
         tensors = {n: w.contiguous().cpu() for n, w in weights.items()}
-        try:
+        with writing(self.folder / name):
             save_file(tensors, self.folder / name, {"format": "pt"})
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(f"{self.folder / name}: cannot be written ({error})") from None
         self.weight_map |= dict.fromkeys(sorted(tensors), name)
         self.total_size += _n_bytes(tensors.values())
 
@@ -1984,7 +1994,8 @@ def new_checkpoint(
         for file in _tokenizer_files(Path(tokenizer_from)) if tokenizer_from else ():
             copied = folder / file.relative_to(cast(PathLike, tokenizer_from))
             copied.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copied)
+            with writing(copied):
+                shutil.copyfile(file, copied)
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

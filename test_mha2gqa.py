@@ -2,6 +2,7 @@
 transformers, scipy, plain loops and brute force."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -12,6 +13,7 @@ import lzma
 import math
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -2115,6 +2117,23 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path):
     assert re.fullmatch(r"error: .*model-00001-of-00003.*File too large.*\n", done.stderr)
 
 
+@pytest.mark.parametrize("module, name, calls", [
+    (m, "write_json", 1), (m, "write_json", 2), (m, "write_json", 3), (shutil, "copyfile", 1),
+    (m, "rename_when_on_disk", 1)])
+def test_a_full_disk_at_the_small_files(trained, tmp_path, capfd, monkeypatch, module, name, calls):
+    """Of mha2gqa.json, index and config.json, of the tokenizer, and when all is flushed."""
+    whole, counter = getattr(module, name), itertools.count(1)
+
+    def write(*arguments):
+        if next(counter) == calls:
+            raise OSError(28, "No space left on device")
+        return whole(*arguments)
+
+    monkeypatch.setattr(module, name, write)
+    refused(capfd, tmp_path, "No space left on device", trained / "mha", tmp_path / "out",
+            "--kv-heads", 4, "--text", trained / "text.jsonl", "--tokens", 1000, "--align", "none")
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "a conversion needs MODEL OUT --kv-heads G --text FILE"),
     (["--text", "x", "--evaluate"], "--evaluate needs MODEL, before --text"),
@@ -2278,8 +2297,12 @@ def test_two_processes_make_the_same_run(runs, way):
     assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5
 
 
-def start_group(arguments, processes):
+def start_group(arguments, processes, prepare=lambda: None):
     """The run's processes, told of each other as torchrun tells them."""
+    def begin():
+        heed_signals()
+        prepare()
+
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -2290,7 +2313,7 @@ def start_group(arguments, processes):
         yield subprocess.Popen(
             [sys.executable, TRAINER, *arguments], text=True,
             env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed_signals)
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=begin)
 
 
 @pytest.mark.slow
@@ -2732,3 +2755,313 @@ def test_linear_alignment_and_refits_go_without_masks():
         args = train_gqa.Arguments(model="", kv_heads=1, out=Path(),
                                    method=m.Method(align=align, refit=refit))
         assert args.no_masks != masks
+
+
+# ---- faults --------------------------------------------------------------------------------------
+
+ODD_VALUES = [None, True, -1, 0, 1, 3, 2**31, 10**18, 10**400, 1e-300, 1e308, math.nan, "", "x",
+              "\ud800", [], {}, [0], {"a": 1}, [[[]]]]
+
+
+def odd_json(value, rng):
+    """A JSON value with something in it changed, dropped or nested."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.9:
+        new = value.copy()
+        key = rng.choice(list(new) if isinstance(new, dict) else range(len(new)))
+        if rng.random() < 0.1:
+            del new[key]
+        else:
+            new[key] = odd_json(new[key], rng)
+        return new
+    if type(value) in (int, float) and rng.random() < 0.4:
+        return rng.choice([-value, value + 1, 2 * value, value / 2, value * 10**9, str(value)])
+    nested = functools.reduce(lambda inner, _: [inner], range(rng.choice([1, 10, 900])), value)
+    return rng.choice([*ODD_VALUES, nested])
+
+
+def odd_bytes(content, rng):
+    """Bytes that are truncated, lengthened, flipped, emptied, or partly zeros."""
+    at = rng.randrange(len(content) + 1) if rng.random() < 0.7 else min(len(content), 8)
+    flipped = bytearray(content)
+    for _ in range(rng.choice([1, 3, 100]) if content else 0):
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return rng.choice([content[:at], content + content[:at], bytes(flipped), b"",
+                       content[:at] + bytes(len(content) - at), rng.randbytes(100)])
+
+
+def odd_header(content, rng):
+    """A safetensors file whose header says something else; its length is right or not."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(odd_json(json.loads(content[8 : 8 + size]), rng)).encode()
+    n = len(header) if rng.random() < 0.8 else rng.choice([0, 10**6, 2**63])
+    return n.to_bytes(8, "little") + header + content[8 + size :]
+
+
+def break_folder(folder, rng):
+    """Break a checkpoint's folder in a random way; returns what was done."""
+    file = rng.choice(sorted(folder.iterdir()))
+    kind = rng.choice(["bytes", "json", "json", "json", "drop", "swap", "folder", "other", "bin"])
+    if kind == "json":
+        if file.suffix == ".json":
+            value = odd_json(json.loads(file.read_text()), rng)
+            file.write_text(json.dumps(value), encoding="utf-8")
+        else:
+            file.write_bytes(odd_header(file.read_bytes(), rng))
+    elif kind == "drop":
+        file.unlink()
+    elif kind == "swap":
+        other = rng.choice(sorted(folder.iterdir()))
+        contents = file.read_bytes(), other.read_bytes()
+        other.write_bytes(contents[0])
+        file.write_bytes(contents[1])
+    elif kind == "folder":
+        file.unlink()
+        file.mkdir()
+    elif kind == "other":
+        file.rename(folder / rng.choice(["model.safetensors", "pytorch_model.bin", "config.json",
+                                         "tokenizer.model", "adapter_config.json", "README.md"]))
+    else:
+        if kind == "bin":
+            as_bin(lambda content: content)(folder)
+            file = folder / "pytorch_model.bin"
+        file.write_bytes(odd_bytes(file.read_bytes(), rng))
+    return f"{kind} {file.name}"
+
+
+def fuzz(trained, tmp_path, capfd, seeds):
+    """Each broken folder converts, or ends in one line and status 2, within 10 s and 1 GB, and
+    leaves nothing; returns how many did what."""
+    config = config_of(vocab_size=384)
+    m.save_checkpoint(tmp_path / "whole", config, random_weights(config), trained / "mha")
+    (tmp_path / "text.txt").write_text("Some words of text. " * 100)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (address_space + 10**9, limit[1]))
+    found = {"converted": 0, "refused": 0}
+    try:
+        for seed in seeds:
+            rng = random.Random(seed)
+            shutil.copytree(tmp_path / "whole", tmp_path / "x")
+            what = []
+            for _ in range(rng.choice([1, 1, 1, 3])):
+                with contextlib.suppress(ValueError, OSError):  # what is broken resists the next
+                    what.append(break_folder(tmp_path / "x", rng))
+            start = time.perf_counter()
+            status, _, err = command(
+                capfd, tmp_path / "x", tmp_path / "out", "--kv-heads", 2, "--text",
+                tmp_path / "text.txt", "--tokens", 128, "--seq-len", 16, "--no-refit")
+            assert time.perf_counter() - start < 10, (seed, what)
+            if status == 0:
+                m.load_checkpoint(tmp_path / "out")
+                shutil.rmtree(tmp_path / "out")
+            else:
+                assert status == 2 and re.fullmatch("error: .*\n", err), (seed, what, err)
+            found["converted" if status == 0 else "refused"] += 1
+            shutil.rmtree(tmp_path / "x")
+            assert sorted(os.listdir(tmp_path)) == ["text.txt", "whole"], (seed, what)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    return found
+
+
+def test_broken_folders_end_in_one_line(trained, tmp_path, capfd):
+    found = fuzz(trained, tmp_path, capfd, range(60))
+    assert min(found.values()) > 5
+
+
+@pytest.mark.long
+def test_2000_broken_folders_end_in_one_line(trained, tmp_path, capfd):
+    found = fuzz(trained, tmp_path, capfd, range(1000, 3000))
+    with capfd.disabled():
+        print(f"\n2,000 broken folders: {found}")
+
+
+def kill_at_random(arguments, out, processes, rng, longest):
+    """Start a run and kill one or all of its processes; returns whether it ended before."""
+    group = list(start_group(arguments, processes))
+    stop = time.monotonic() + rng.uniform(2, longest)
+    while time.monotonic() < stop and any(p.poll() is None for p in group):
+        time.sleep(0.01)
+    if all(p.poll() is not None for p in group):
+        assert all(p.returncode == 0 for p in group), [p.communicate()[0] for p in group]
+        return True
+    for p in rng.choice([group, [rng.choice(group)]]):
+        p.kill()
+    time.sleep(0.1)
+    for p in group:
+        p.terminate()  # as torchrun does when one of its processes has ended
+    for p in group:
+        printed = p.communicate(timeout=60)[0]  # the others end within a minute
+        assert "Traceback" not in printed, printed
+    if (out / "gqa").exists():
+        m.load_checkpoint(out / "gqa")  # whole
+    return False
+
+
+def killed_runs(trained, tmp_path, runs, n_kills, seed, longest):
+    """Kill runs at random moments until there were so many kills; each must end as one that was
+    not killed, bit for bit. Returns [kills, runs]."""
+    rng, kills, finished = random.Random(seed), 0, 0
+    while kills < n_kills:
+        way, processes = rng.choice(["paper", "default"]), rng.choice([1, 2])
+        out = tmp_path / f"{finished}"
+        arguments = train_arguments(trained, out, way, "--save-every", 1)
+        while not kill_at_random(arguments, out, processes, rng, longest):
+            kills += 1
+            if kills >= n_kills:
+                longest = 600  # the last one is let finish
+        assert_same_run(out, runs(way, processes)[0])
+        assert sorted(os.listdir(out)) == ["checkpoints", "gqa", "metrics.jsonl", "report.json"]
+        assert all(re.fullmatch(r"step_\d+", name) for name in os.listdir(out / "checkpoints"))
+        finished += 1
+    return kills, finished
+
+
+def stop_after(steps, arguments, out, processes):
+    """Start a run, and end it by SIGTERM when it has made so many steps."""
+    group = list(start_group(arguments, processes))
+    while not (out / "metrics.jsonl").exists() or len(read_metrics(out)) < steps:
+        assert all(p.poll() is None for p in group)
+        time.sleep(0.01)
+    group[0].terminate()
+    assert [p.wait() for p in group] == [130] * processes
+
+
+DAMAGES = {
+    "truncated": lambda step, rank: cut(step / f"__{rank}_0.distcp"),
+    "empty metadata": lambda step, rank: (step / ".metadata").write_bytes(b""),
+    "zeros": lambda step, rank: (step / f"__{rank}_0.distcp").write_bytes(bytes(10**6)),
+    "no masks": lambda step, rank: (step / "masks.pt").write_bytes(b""),
+}
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_put_aside(trained, runs, tmp_path, damage, processes):
+    out, (whole, _) = tmp_path / "out", runs("paper", processes)
+    arguments = train_arguments(trained, out, "paper")
+    stop_after(10, arguments, out, processes)
+    for other in ("step_99.bak", "step_", "step_x"):  # not ours
+        (out / "checkpoints" / other).mkdir()
+    before, newest = train_gqa.checkpoints(out / "checkpoints")
+    damaged = [newest, before] if damage == "truncated" else [newest]
+    for step in damaged:  # with none left, it begins anew
+        DAMAGES[damage](out / f"checkpoints/step_{step}", processes - 1)
+    printed = [p.communicate()[0] for p in list(start_group(arguments, processes))]
+    for step in damaged:
+        assert re.search(rf"^warning: .*step_{step} is damaged \(.+\); it is called damaged_{step} "
+                         "now, and the run goes on from what was before it$", printed[0], re.M)
+    assert printed[0].count("warning") == len(damaged) and "Traceback" not in "".join(printed)
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])
+def test_a_run_continues_on_another_number_of_processes(trained, runs, tmp_path, first, then):
+    out, (whole, _) = tmp_path / "out", runs("paper")
+    arguments = train_arguments(trained, out, "paper")
+    stop_after(10, arguments, out, first)
+    for p in list(start_group(arguments, then)):
+        assert "error" not in p.communicate()[0] and p.returncode == 0
+    found, wanted = read_metrics(out), read_metrics(whole)
+    for step in wanted:
+        assert found[step]["loss"] == pytest.approx(wanted[step]["loss"], abs=1e-5)
+    (_, a), (_, b) = (m.load_checkpoint(p / "gqa") for p in (out, whole))
+    assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_a_process_dies_the_other_says_so_and_ends(trained, runs, tmp_path, rank):
+    out, (whole, _) = tmp_path / "out", runs("default", 2)
+    arguments = train_arguments(trained, out, "default")
+    group = list(start_group(arguments, 2))
+    while not (out / "metrics.jsonl").exists() or len(read_metrics(out)) < 6:
+        time.sleep(0.01)
+    group[rank].kill()
+    printed = group[1 - rank].communicate(timeout=60)[0]
+    assert group[1 - rank].returncode == 2
+    assert re.findall("^error.*$", printed, re.M) == [
+        "error: another process of this run has ended, see above; the same command continues"]
+    assert "Traceback" not in printed
+    for p in list(start_group(arguments, 2)):
+        p.communicate()
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit, save_every, file", [
+    (500, 4, "report.json"), (20_000, 4, "data.pt"), (500_000, 4, "partial_4"),
+    (170_000, 0, "model-00001-of-00003.safetensors")])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_ends_a_run_in_one_line(
+        trained, runs, tmp_path, limit, save_every, file, processes):
+    """And when there is room again, the same command continues."""
+    out, (whole, _) = tmp_path / "out", runs("default", processes)
+    arguments = train_arguments(trained, out, "default", "--save-every", save_every)
+    group = list(start_group(arguments, processes, lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit))))
+    printed = [p.communicate()[0] for p in group]
+    assert [p.returncode for p in group] == [2] * processes
+    assert re.findall("^error.*$", "".join(printed), re.M) == [
+        line for line in printed[0].splitlines() if line.startswith("error") and file in line]
+    assert "Traceback" not in "".join(printed) and len(re.findall("^error", printed[0], re.M)) == 1
+    left = {p.name for p in out.rglob("*")}
+    assert not any(name.startswith((".", "partial")) for name in left) and "gqa" not in left
+    for p in list(start_group(arguments, processes)):
+        p.communicate()
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+def test_files_that_changed_since_a_run_began(trained, tmp_path):
+    shutil.copytree(trained / "mha", tmp_path / "model")
+    shutil.copyfile(trained / "short.jsonl", tmp_path / "text.jsonl")
+    out = tmp_path / "out"
+    arguments = train_arguments(trained, out, "paper", "--model", tmp_path / "model", "--text",
+                                tmp_path / "text.jsonl")
+    stop_after(5, arguments, out, 1)
+    for file in (tmp_path / "text.jsonl", tmp_path / "model/config.json"):
+        content, stamp = file.read_bytes(), file.stat()
+        file.write_bytes(content + b"\n")
+        (run,) = start_group(arguments, 1)
+        assert run.communicate()[0] == (f"error: {file} has changed since the run in {out} began; "
+                                        "choose another --out, or bring back what was there\n")
+        assert run.returncode == 2
+        file.write_bytes(content)
+        os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    (run,) = start_group(arguments, 1)
+    assert "error" not in run.communicate()[0] and run.returncode == 0
+
+
+def test_what_torchrun_would_not_set(trained, tmp_path, train_command, monkeypatch):
+    monkeypatch.setenv("RANK", "none")
+    status, _, err = train_command(*train_arguments(trained, tmp_path / "out"))
+    assert (status, err) == (2, "error: the environment has RANK='none', expected a number from "
+                                "torchrun; unset it, or start with torchrun\n")
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "report.json: not JSON"), ("{}", "report.json: not a report of this program; choose an")])
+def test_reports_that_are_none(trained, tmp_path, train_command, content, message):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.json").write_text(content)
+    status, _, err = train_command(*train_arguments(trained, tmp_path / "out"))
+    assert status == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(trained, tmp_path, runs):
+    assert killed_runs(trained, tmp_path, runs, 3, 0, longest=10) >= (3, 1)
+
+
+@pytest.mark.long
+def test_50_kills_at_random_moments(trained, tmp_path, runs, capfd):
+    kills, finished = killed_runs(trained, tmp_path, runs, 60, 1, longest=12)
+    with capfd.disabled():
+        print(f"\n{kills} kills of {finished} runs: all ended with the weights of runs without")

@@ -36,6 +36,7 @@ import gc
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -603,8 +604,19 @@ def backward(model: mha2gqa.Llama, batch: TokenBatch, objective: Objective) -> T
 
 def append_line(file: Path, line: str) -> None:
     """Add a line to a file."""
-    with open(file, "a") as opened:
+    with mha2gqa.writing(file), open(file, "a") as opened:
         opened.write(line + "\n")
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name first, so that it is there whole or not at all."""
+    new = file.with_name(f".{file.name}")
+    try:
+        with mha2gqa.writing(file):
+            write(new)
+            mha2gqa.rename_when_on_disk(new, file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def drop_metrics_from(file: Path, stage: str, first: int) -> None:
@@ -613,9 +625,8 @@ def drop_metrics_from(file: Path, stage: str, first: int) -> None:
         lines = file.read_text(errors="replace").splitlines()
         records = [json.loads(line) for line in lines if re.fullmatch(r"\{.*\}", line)]
         kept = [r for r in records if r["stage"] != stage or r["step"] < first]
-        new = file.with_suffix(".new")
-        new.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        mha2gqa.rename_when_on_disk(new, file)
+        text = "".join(json.dumps(r) + "\n" for r in kept)
+        write_whole(file, lambda new: new.write_text(text))
 
 
 @contextlib.contextmanager
@@ -652,20 +663,13 @@ def save_step(folder: Path, step: int, model, optimizer, masks) -> None:
 
     def finish():
         if masks:
-            write_torch([masks.log_alpha, masks.optimizer.state_dict()], partial / "masks.pt")
+            with mha2gqa.writing(partial / "masks.pt"):
+                torch.save([masks.log_alpha, masks.optimizer.state_dict()], partial / "masks.pt")
         mha2gqa.rename_when_on_disk(partial, folder / f"step_{step}")
         for old in checkpoints(folder)[:-2]:
             shutil.rmtree(folder / f"step_{old}")
 
     on_rank_0(finish)
-
-
-def write_torch(value, file: Path) -> None:
-    """`torch.save`, whose error on a full disk is made an OSError."""
-    try:
-        torch.save(value, file)
-    except RuntimeError as error:
-        raise OSError(f"{file}: cannot be written ({error_line(error)})") from None
 
 
 def error_line(error: BaseException) -> str:
@@ -711,7 +715,11 @@ def load_newest(folder: Path, model, optimizer, masks) -> int:
 def load_step(path: Path, model, optimizer, masks) -> None:
     """Load a checkpoint; on all ranks, or an error on all."""
     state = training_state(model, optimizer)
-    dcp.load(state, checkpoint_id=path)
+    logging.disable(logging.WARNING)  # subtle: torch logs a traceback of what it then raises
+    try:
+        dcp.load(state, checkpoint_id=path)
+    finally:
+        logging.disable(logging.NOTSET)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
     if masks:
@@ -812,14 +820,13 @@ def share(data: Data | None, file: Path) -> Data:
     def rows_of(fields: dict | None) -> Any:
         return None if fields is None else TokenBatch(**fields)
 
-    def write():
-        new, whole = file.with_name(f".{file.name}"), cast(Data, data)
+    def write(whole: Data):
         dev = {task: (fields_of(rows), n) for task, (rows, n) in whole.dev.items()}
-        write_torch({"train": fields_of(whole.train), "held_out": fields_of(whole.held_out),
-                     "dev": dev}, new)
-        mha2gqa.rename_when_on_disk(new, file)
+        content = {"train": fields_of(whole.train), "held_out": fields_of(whole.held_out),
+                   "dev": dev}
+        write_whole(file, lambda new: torch.save(content, new))
 
-    on_rank_0(write)
+    on_rank_0(lambda: write(cast(Data, data)))
     found = raise_on_all_ranks(lambda: read_torch(file))
     dev = {task: (rows_of(rows), n) for task, (rows, n) in found["dev"].items()}
     return Data(rows_of(found["train"]), rows_of(found["held_out"]), dev)
@@ -923,9 +930,7 @@ class Report:
 
         def write():
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            new = self.file.with_name(".report.json")
-            mha2gqa.write_json(new, self.content)
-            mha2gqa.rename_when_on_disk(new, self.file)
+            write_whole(self.file, lambda new: mha2gqa.write_json(new, self.content))
 
         on_rank_0(write)
 
@@ -1063,8 +1068,10 @@ def read_input(
 
 
 def check_disk(out: Path, needed: int) -> None:
-    """Raise ValueError unless so many bytes are free where OUT is, or will be."""
+    """Raise ValueError unless so many bytes are free where OUT is, or will be, and can be used."""
     disk = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(disk, os.W_OK):
+        raise ValueError(f"{disk}: no permission to write into it")
     free = shutil.disk_usage(disk).free
     if free < needed:
         raise ValueError(f"{out}: checkpoints and models need {needed:,} bytes, {free:,} are free "
