@@ -1490,7 +1490,7 @@ def run(args: Arguments, device: torch.device) -> None:
         report.write()
         data, schedule = share(data, args.out / "data.pt"), broadcast_from_rank_0(schedule)
         run_stages(args, source, data, schedule, report, device)
-        on_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
+    on_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
     print_report(report)
 
 
