@@ -951,6 +951,18 @@ def test_joint_refit_trains_attention_and_norms_of_all_blocks(trained, corpus, t
         assert torch.equal(*(w[name] for w in weights)) != trainable, name
 
 
+def test_tokens_on_a_gpu_are_embedded_by_weights_that_are_not():
+    """Which this machine need not have: fake tensors know devices, and hold nothing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weights = {"model.embed_tokens.weight": torch.empty(97, 48)}
+        tokens_BT = torch.empty(2, 5, dtype=torch.int64, device="cuda")
+        x_BTD = m.embed(weights, tokens_BT, tokens_BT.device, torch.bfloat16)
+    assert x_BTD.shape == (2, 5, 48)
+    assert (x_BTD.device.type, x_BTD.dtype) == ("cuda", torch.bfloat16)
+
+
 def test_resampled_rows_are_half_the_text_and_half_the_source_s_predictions():
     config = config_of(tie_word_embeddings=False)
     weights = random_weights(config)
