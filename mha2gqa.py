@@ -2263,7 +2263,7 @@ def _parquet_records(path: Path) -> Iterator[bytes]:
     try:
         for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
             for text in batch.column("text").to_pylist():
-                yield json.dumps({"text": text}).encode() + b"\n"
+                yield json.dumps({"text": "" if text is None else text}).encode() + b"\n"
     except (ArrowException, KeyError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); expected a column \"text\"") from None
 
