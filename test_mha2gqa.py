@@ -990,6 +990,16 @@ def test_a_short_text_is_resampled_and_seen_more_often():
     assert epochs == [5, 5, 4, 2, 1, 1]
 
 
+@pytest.mark.parametrize("length, cut", [
+    (64, 64), (512, 512), (2048, 512), (1000, 500), (513, 256)])
+def test_long_rows_are_cut_for_a_refit(length, cut):
+    rows_BT = torch.arange(2 * length).view(2, length)
+    found = m.calibration_rows(rows_BT)
+    assert found.shape[1] == cut and torch.equal(found[0], rows_BT[0, :cut])
+    kept = len(found) // 2 * cut
+    assert kept > length - 2 and torch.equal(found.flatten()[kept:], rows_BT[1, :kept])
+
+
 def test_no_copy_is_made_of_the_rows_that_judge_a_refit():
     config = config_of()
     tokens_BT = random_tokens(config, batch=10, time=48)
@@ -2329,9 +2339,9 @@ def start_group(arguments, processes, prepare=lambda: None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("processes", [1, 2])
-@each_way
+@pytest.mark.parametrize("number, processes, way", [
+    (signal.SIGTERM, 1, "paper"), (signal.SIGTERM, 2, "paper"), (signal.SIGTERM, 2, "default"),
+    (signal.SIGKILL, 1, "default"), (signal.SIGKILL, 2, "paper")])
 def test_a_stopped_run_continues_bit_for_bit(trained, runs, tmp_path, number, processes, way):
     out, (whole, _) = tmp_path / "out", runs(way, processes)
     arguments = train_arguments(trained, out, way)
@@ -2382,6 +2392,8 @@ def train_command(capfd):
             status = train_gqa.main([str(a) for a in arguments])
         except SystemExit as end:
             status = end.code
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         torch.set_num_threads(threads)
         return status, *capfd.readouterr()
 
@@ -2957,7 +2969,7 @@ def cut(file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage, processes", [
-    ("truncated", 1), ("truncated", 2), ("empty metadata", 2), ("zeros", 2), ("no masks", 1)])
+    ("truncated", 2), ("empty metadata", 2), ("zeros", 1), ("no masks", 1)])
 def test_a_damaged_checkpoint_is_put_aside(trained, runs, tmp_path, damage, processes):
     out, (whole, _) = tmp_path / "out", runs("paper", processes)
     arguments = train_arguments(trained, out, "paper")
@@ -3012,8 +3024,8 @@ def test_when_a_process_dies_the_other_says_so_and_ends(trained, runs, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, limit, save_every, file", [
-    (1, 500, 4, "report.json"), (2, 20_000, 4, "data.pt"), (1, 500_000, 4, "partial_4"),
-    (2, 500_000, 4, "partial_4"), (2, 170_000, 0, "model-00001-of-00003.safetensors")])
+    (1, 500, 4, "report.json"), (1, 20_000, 4, "data.pt"), (2, 500_000, 4, "partial_4"),
+    (1, 170_000, 0, "model-00001-of-00003.safetensors")])
 def test_a_full_disk_ends_a_run_in_one_line(
         trained, runs, tmp_path, limit, save_every, file, processes):
     """And when there is room again, the same command continues."""
@@ -3072,8 +3084,8 @@ def test_reports_that_are_none(trained, tmp_path, train_command, content, messag
 
 @pytest.mark.slow
 def test_kills_at_random_moments(trained, tmp_path, runs):
-    kills = killed_runs(trained, tmp_path, runs, 3, 0, longest=3)
-    assert sum(kills.values()) == 3
+    kills = killed_runs(trained, tmp_path, runs, 2, 0, longest=3)
+    assert sum(kills.values()) == 2
 
 
 @pytest.mark.slow

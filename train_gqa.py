@@ -1119,9 +1119,11 @@ def student_blocks(
 
     rows: to calibrate with, on the device that computes.
     """
-    x_BTD = mha2gqa.embed(start.weights, rows.tokens, rows.tokens.device, torch.float32)
+    tokens_BT = mha2gqa.calibration_rows(rows.tokens)
+    document_BT = None if rows.document is None else mha2gqa.calibration_rows(rows.document)
+    x_BTD = mha2gqa.embed(start.weights, tokens_BT, tokens_BT.device, torch.float32)
     blocks = mha2gqa.converted_blocks(
-        start.config, start.weights, x_BTD, kv_heads, method, rows.document)
+        start.config, start.weights, x_BTD, kv_heads, method, document_BT)
     for block in progress(blocks, "convert", start.config.num_hidden_layers):
         new = {name.replace("_proj.", "_proj.new."): w for name, w in block.converted.items()
                if "k_proj" in name or "v_proj" in name}
@@ -1495,7 +1497,10 @@ def run(args: Arguments, device: torch.device) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for bad input, with one line on stderr."""
+    """The command line; returns the exit status: 2 for bad input, with one line on stderr.
+
+    The process group stays: whoever goes on after this destroys it.
+    """
     with contextlib.redirect_stderr(sys.stderr if is_rank_0() else io.StringIO()):
         args = parse_arguments(argv)
     try:
@@ -1519,12 +1524,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_rank_0():
             print("interrupted: the same command continues", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
     mha2gqa.install_signal_handlers()
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # subtle: while torch takes down the threads of a group, another rank's end can abort this one.
+    os._exit(status)
