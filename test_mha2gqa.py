@@ -3045,6 +3045,20 @@ def test_a_full_disk_ends_a_run_in_one_line(
     assert_same_run(out, whole)
 
 
+def test_a_full_disk_at_a_line_of_metrics(trained, tmp_path, train_command, monkeypatch):
+    whole = open
+
+    def full(file, *arguments, **keywords):
+        if str(file).endswith("metrics.jsonl"):
+            raise OSError(28, "No space left on device")
+        return whole(file, *arguments, **keywords)
+
+    monkeypatch.setattr("builtins.open", full)
+    status, _, err = train_command(*train_arguments(trained, tmp_path / "out"))
+    assert status == 2
+    assert re.fullmatch(r"error: .*metrics.jsonl: cannot be written \(No space left .*\)\n", err)
+
+
 @pytest.mark.slow
 def test_files_that_changed_since_a_run_began(trained, tmp_path):
     shutil.copytree(trained / "mha", tmp_path / "model")

@@ -1516,7 +1516,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        if os.environ["RANK"] in ("0", "1"):  # one of them at least has not ended before
+        if os.environ.get("RANK") in ("0", "1"):  # one of them at least has not ended before
             print("error: another process of this run has ended, see above; the same command "
                   "continues", file=sys.stderr)
         return 2
