@@ -1637,7 +1637,12 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     weights: dict[str, Tensor] = {}
     for file in files:
-        weights |= _read_tensors(file)
+        found = _read_tensors(file)
+        for name in weights.keys() & found.keys():
+            if not torch.equal(weights[name], found[name]):
+                raise ValueError(f"{folder}: {name} is in {file.name} and, with other values, in a "
+                                 "file before it; leave one set of weights there")
+        weights |= found
     try:
         weights = _drop_leftovers(config, _plain_names(weights))
         _check_weights(config, weights)
@@ -2289,7 +2294,9 @@ def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
     """
     folder = Path(path)
     settings_file = folder / "tokenizer_config.json"
-    settings = read_json(settings_file) if settings_file.is_file() else {}
+    settings: dict[str, Any] = {}
+    for file in (folder / "special_tokens_map.json", settings_file):
+        settings |= read_json(file) if file.is_file() else {}
     for name, load in (("tokenizer.json", _from_tokenizer_json),
                        ("tokenizer.model", _from_tokenizer_model)):
         if (folder / name).is_file():
@@ -2299,7 +2306,10 @@ def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
             except Exception as error:  # tokenizers raises nothing narrower
                 raise ValueError(f"{folder / name}: cannot be read ({error})") from None
             if isinstance(add_bos := settings.get("add_bos_token"), bool):
-                first = [bos] if add_bos and bos is not None else []
+                if add_bos and bos is None and not first:
+                    raise ValueError(f"{settings_file}: add_bos_token is true, but no bos_token is "
+                                     "named that the vocabulary has")
+                first = [] if not add_bos else first if bos is None else [bos]
             return lambda texts: [ids if first and ids[: len(first)] == first else first + ids
                                   for ids in encode(texts)]
     raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")

@@ -1310,6 +1310,15 @@ def test_the_file_layouts_of_the_hub(tmp_path):
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max(), path.name
 
 
+def test_two_sets_of_weights_without_an_index_are_refused(tmp_path):
+    config = config_of()
+    weights = random_weights(config)
+    path = make_directory(tmp_path / "x", config, {"model.fp32.safetensors": weights})
+    save_file({n: w + 1 for n, w in weights.items()}, path / "model.other.safetensors")
+    with pytest.raises(ValueError, match="is in model.other.safetensors and, with other values"):
+        m.load_checkpoint(path)
+
+
 @pytest.mark.parametrize("rename", [
     lambda n: f"_orig_mod.{n}", lambda n: f"module.{n}", lambda n: f"base_model.model.{n}",
     lambda n: f"module._orig_mod.{n}", lambda n: n.replace("self_attn.", "self_attn._orig_mod."),
@@ -1650,6 +1659,24 @@ def test_explicit_settings_of_bos_hold_and_it_is_put_once(
     assert found[2] == plain[2].ids and found[2].count(1) == 1
     if with_bos == template:
         assert found[:2] == AutoTokenizer.from_pretrained(tmp_path)(texts[:2])["input_ids"]
+
+
+def test_bos_that_only_the_template_or_another_file_names(tmp_path, bpe):
+    from tokenizers import Tokenizer, processors
+
+    shutil.copyfile(bpe, tmp_path / "tokenizer.json")
+    for bos_token in (None, "<absent>"):  # the template's stays
+        m.write_json(tmp_path / "tokenizer_config.json",
+                     {"add_bos_token": True, "bos_token": bos_token})
+        assert m.load_tokenizer(tmp_path)(["a text"])[0][0] == 1
+    tokenizer = Tokenizer.from_file(str(bpe))
+    tokenizer.post_processor = processors.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="add_bos_token is true, but no bos_token is named that"):
+        m.load_tokenizer(tmp_path)
+    m.write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": True})
+    m.write_json(tmp_path / "special_tokens_map.json", {"bos_token": "</s>"})
+    assert m.load_tokenizer(tmp_path)(["a text"])[0][0] == 2
 
 
 def test_sentencepiece_puts_bos_first_unless_told(tmp_path, topics):
@@ -2986,6 +3013,14 @@ def test_a_damaged_checkpoint_is_put_aside(trained, runs, tmp_path, damage, proc
                          "now, and the run goes on from what was before it$", printed[0], re.M)
     assert printed[0].count("warning") == len(damaged) and "Traceback" not in "".join(printed)
     assert_same_run(out, whole)
+
+
+def test_what_is_not_a_checkpoint_s_fault_is_raised():
+    for reason in (torch.OutOfMemoryError("CUDA"), RuntimeError("gloo: Connection closed")):
+        with pytest.raises(RuntimeError, match="CUDA|gloo"):
+            train_gqa.damage(train_gqa.dcp.CheckpointException("load", {0: (reason, None)}))
+    cut = train_gqa.dcp.CheckpointException("load", {0: (EOFError("Ran out of input"), None)})
+    assert train_gqa.damage(cut) == "Ran out of input"
 
 
 @pytest.mark.slow

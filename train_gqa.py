@@ -701,15 +701,28 @@ def load_newest(folder: Path, model, optimizer, masks) -> int:
     on_rank_0(clean)
     for step in reversed(broadcast_from_rank_0(checkpoints(folder))):
         path, aside = folder / f"step_{step}", folder / f"damaged_{step}"
+        error = None
         try:
             load_step(path, model, optimizer, masks)
+        except (ValueError, dcp.CheckpointException) as raised:
+            error = damage(raised)
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if not any(errors):
             return step
-        except (RuntimeError, ValueError, dcp.CheckpointException) as error:
-            print_rank_0(f"warning: {path} is damaged ({error_line(error)}); it is called "
-                         f"{aside.name} now, and the run goes on from what was before it")
-            on_rank_0(functools.partial(put_aside, path, aside))
+        print_rank_0(f"warning: {path} is damaged ({next(filter(None, errors))}); it is called "
+                     f"{aside.name} now, and the run goes on from what was before it")
+        on_rank_0(functools.partial(put_aside, path, aside))
     optimizer.state.clear()  # of a checkpoint that was read in part
     return 0
+
+
+def damage(error: BaseException) -> str:
+    """A line that says what is wrong with a checkpoint; raises again what is not its fault."""
+    for reason, _ in getattr(error, "failures", {}).values():
+        if isinstance(reason, torch.OutOfMemoryError | dist.DistError) or "gloo" in str(reason):
+            raise reason
+    return error_line(error)
 
 
 def load_step(path: Path, model, optimizer, masks) -> None:
