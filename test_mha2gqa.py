@@ -1550,7 +1550,9 @@ def test_records_are_known_by_what_is_in_the_file(tmp_path, name):
 @pytest.mark.parametrize("content, found", [
     ('[{"text": "one"},\n {"text": "two\\n"}]', ["one", "two\n"]),
     ('\n[\n  {\n    "text": "one"\n  }\n]\n', ["one"]),
-    ("[Verse]\none", ["[Verse]\none"]), ("{one}\n", ["{one}\n"]), ('"one"', ['"one"']),
+    ("[Verse]\none", ["[Verse]\none"]), ("[ ] buy milk", ["[ ] buy milk"]),
+    ("[](https://x)", ["[](https://x)"]), (r"[{\bf A}]", [r"[{\bf A}]"]),
+    ("{one}\n", ["{one}\n"]), ('"one"', ['"one"']),
     ("[1, 2]", ["[1, 2]"])])
 def test_arrays_of_records_and_what_only_looks_like_json(tmp_path, content, found):
     (tmp_path / "a").write_text(content)
@@ -2012,6 +2014,9 @@ BAD_TEXT = {
     "not.txt.xz": (b"no xz", "not.txt.xz: cannot be read"),
     "pointer.jsonl": (POINTER, "pointer.jsonl: only a Git LFS pointer"),
     "array.json": (b'[{"text": "a"}, {"text"', "array.json: not a JSON array"),
+    "cut.ndjson": (b't": "a"}\n{"text": "b"}\n', "cut.ndjson, line 1: not JSON"),
+    "deep.jsonl": (b'{"a":' * 100_000, "deep.jsonl, line 1: not JSON"),
+    "deep.txt": (b'[{"a":' * 100_000, "deep.txt: not a JSON array"),
     "short.txt": (b"too short", "too little text in .*short.txt: 2 rows of 64 tokens"),
 }
 
@@ -3020,7 +3025,7 @@ def test_what_is_not_a_checkpoint_s_fault_is_raised():
         with pytest.raises(RuntimeError, match="CUDA|gloo"):
             train_gqa.damage(train_gqa.dcp.CheckpointException("load", {0: (reason, None)}))
     cut = train_gqa.dcp.CheckpointException("load", {0: (EOFError("Ran out of input"), None)})
-    assert train_gqa.damage(cut) == "Ran out of input"
+    assert str(train_gqa.damage(cut)) == "Ran out of input"
 
 
 @pytest.mark.slow

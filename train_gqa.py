@@ -701,36 +701,33 @@ def load_newest(folder: Path, model, optimizer, masks) -> int:
     on_rank_0(clean)
     for step in reversed(broadcast_from_rank_0(checkpoints(folder))):
         path, aside = folder / f"step_{step}", folder / f"damaged_{step}"
-        error = None
         try:
-            load_step(path, model, optimizer, masks)
-        except (ValueError, dcp.CheckpointException) as raised:
-            error = damage(raised)
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        if not any(errors):
+            raise_on_all_ranks(functools.partial(load_step, path, model, optimizer, masks))
             return step
-        print_rank_0(f"warning: {path} is damaged ({next(filter(None, errors))}); it is called "
-                     f"{aside.name} now, and the run goes on from what was before it")
+        except ValueError as error:
+            print_rank_0(f"warning: {path} is damaged ({error}); it is called {aside.name} now, "
+                         "and the run goes on from what was before it")
         on_rank_0(functools.partial(put_aside, path, aside))
     optimizer.state.clear()  # of a checkpoint that was read in part
     return 0
 
 
-def damage(error: BaseException) -> str:
-    """A line that says what is wrong with a checkpoint; raises again what is not its fault."""
-    for reason, _ in getattr(error, "failures", {}).values():
+def damage(error: dcp.CheckpointException) -> ValueError:
+    """What is wrong with a checkpoint; raises again what is not its fault."""
+    for reason, _ in error.failures.values():
         if isinstance(reason, torch.OutOfMemoryError | dist.DistError) or "gloo" in str(reason):
             raise reason
-    return error_line(error)
+    return ValueError(error_line(error))
 
 
 def load_step(path: Path, model, optimizer, masks) -> None:
-    """Load a checkpoint; on all ranks, or an error on all."""
+    """Load a checkpoint; raises ValueError for one that is damaged."""
     state = training_state(model, optimizer)
     logging.disable(logging.WARNING)  # subtle: torch logs a traceback of what it then raises
     try:
         dcp.load(state, checkpoint_id=path)
+    except dcp.CheckpointException as error:
+        raise damage(error) from None
     finally:
         logging.disable(logging.NOTSET)
     set_model_state_dict(model, state["model"])
@@ -943,7 +940,8 @@ class Report:
 
         def write():
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.file, lambda new: mha2gqa.write_json(new, self.content))
+            text = json.dumps(self.content, indent=2, ensure_ascii=False) + "\n"
+            write_whole(self.file, lambda new: new.write_text(text, encoding="utf-8"))
 
         on_rank_0(write)
 
@@ -1519,7 +1517,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(args or DEMO_ARGUMENTS, start_processes())
     except (ValueError, OSError, FloatingPointError) as error:
-        if is_rank_0():
+        if is_rank_0() or "MASTER_ADDR" not in os.environ:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
