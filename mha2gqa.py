@@ -82,8 +82,8 @@ __all__ = [
     "Method", "ConvertedBlock", "converted_blocks", "refit_block", "lr_factor", "gqa_config",
     "joint_refit", "resampled_rows", "calibration_rows", "embed", "read_block",
     "Corpus", "convert", "evaluate",
-    "load_checkpoint", "save_checkpoint", "new_checkpoint", "CheckpointWriter", "block_prefix",
-    "block_weights", "non_block_weights", "read_json", "write_json", "writing",
+    "load_checkpoint", "model_files", "save_checkpoint", "new_checkpoint", "CheckpointWriter",
+    "block_prefix", "block_weights", "non_block_weights", "read_json", "write_json", "writing",
     "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
     "kv_cache_bytes", "gigabytes", "Meter", "progress", "ArgumentParser",
@@ -1586,7 +1586,9 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     rope_parameters; as in transformers rope_scaling wins, and so does a nested rope_theta. But of
     llama3's original_max_position_embeddings the one at the top does, and without any it is
     max_position_embeddings."""
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_scaling is {rope!r:.40}, expected an object or null")
     rope = {"rope_type": rope.get("type", "default"), **rope}
     if rope["rope_type"] == "llama3":
         name = "original_max_position_embeddings"
@@ -1745,7 +1747,7 @@ def rename_when_on_disk(new: Path, path: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Wait until a file or the names in a directory are on the disk."""
-    flags = getattr(os, "O_DIRECTORY", None) if path.is_dir() else os.O_RDONLY
+    flags = getattr(os, "O_DIRECTORY", None) if path.is_dir() else os.O_RDWR
     if flags is None:  # a system that cannot open directories
         return
     opened = os.open(path, flags)
@@ -1772,6 +1774,7 @@ _OTHER_FOLDERS = (
     ("consolidated*", "in Meta's own format; transformers' convert_llama_weights_to_hf.py makes a "
      "directory of it"),
     ("snapshots/*", "a model in a hub cache; MODEL is that folder"),
+    ("models--*/snapshots/*", "a model in this hub cache; MODEL is that folder"),
     ("*/config.json", "a model's; MODEL is the folder that has it"),
     ("*.distcp", "a part of a training's checkpoint; its result is in another folder"),
 )
@@ -1811,6 +1814,14 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder}: no model*.safetensors and no pytorch_model*.bin")
 
 
+def model_files(folder: PathLike) -> list[Path]:
+    """The files that `load_checkpoint` and `load_tokenizer` read in a model directory."""
+    folder = Path(folder)
+    names = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+             "tokenizer.json", "tokenizer.model", *_TOKENIZER_SETTINGS)
+    return [*_weight_files(folder), *(folder / n for n in names if (folder / n).is_file())]
+
+
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of one weight file, mapped and not read."""
     from safetensors.torch import load_file
@@ -1824,12 +1835,16 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         mapped = zipfile.is_zipfile(file)  # older files, which are no archives, are read whole
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a broken file can make torch.load raise almost anything
+        if found := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+            raise ValueError(f"{file}: holds Python objects ({found[1]}), not tensors alone; save "
+                             "the model's state dict by itself where it can be loaded") from None
         reason = re.split(r"[.\n]", str(error).strip())[0] or type(error).__name__
         raise ValueError(f"{file}: truncated, corrupt or not a plain file of tensors ({reason}); "
                          "download it again, as safetensors if there are") from None
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{file}: holds a {type(tensors).__name__}, expected a state dict")
-    for name, value in tensors.items():
+    # A training's file: what holds the model is a dict, and more telling than what is beside it.
+    for name, value in sorted(tensors.items(), key=lambda item: not isinstance(item[1], Mapping)):
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{file}: holds a {type(value).__name__} under {name!r}, expected "
                              "tensors alone; if that is the model's state dict, save it by itself")
@@ -1839,15 +1854,20 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def _plain_names(weights: Weights) -> dict[str, Tensor]:
     """The weights by the model's own names, without what wrappers have put around these.
 
-    torch.compile, FSDP and activation checkpointing put theirs inside a name, DDP and PEFT in
-    front; a model that was saved without its head lacks "model.".
+    torch.compile, FSDP and activation checkpointing put theirs inside a name; DDP, PEFT and other
+    models in front; a model that was saved without its head lacks "model.".
     """
     inside = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-    in_front = re.compile(r"^(module\.|base_model\.model\.)+")
-    plain = {in_front.sub("", inside.sub("", name)): w for name, w in weights.items()}
-    if not any(name.startswith("model.") for name in plain):
-        plain = {name if name.startswith("lm_head.") else f"model.{name}": w
-                 for name, w in plain.items()}
+    found = {name: inside.sub("", name) for name in weights}
+    first = (name.partition("layers.0.") for name in found.values())
+    decoder = next((before for before, layer, _ in first if layer), "model.")
+
+    def own_name(name: str) -> str:
+        if name.startswith(decoder) and "lm_head." not in name:
+            return "model." + name.removeprefix(decoder)
+        return name.removeprefix(decoder.removesuffix("model."))
+
+    plain = {own_name(name): weights[stored] for stored, name in found.items()}
     for name in plain:
         if ".lora_" in name:
             raise ValueError(f"tensor {name} is a LoRA weight; merge the adapter into its model "
@@ -2026,7 +2046,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in read_json(settings):
         code = "".join(file.read_text(errors="replace") for file in folder.glob("*.py"))
-        own = re.compile(r"config\.json|.*\.(safetensors|bin|index\.json)")
+        own = re.compile(r"config\.json|.*\.(safetensors|index\.json|bin|pth?|h5|msgpack|gguf)")
         patterns += ["*.py", *(glob.escape(file.name) for file in folder.iterdir()
                                if file.name in code and not own.fullmatch(file.name))]
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
@@ -2054,7 +2074,10 @@ def _new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
     Raises ValueError as `_check_new_directory` says.
     """
     path = _check_new_directory(path, size)
-    temporary = path.with_name(f".mha2gqa-{time.time_ns():x}")
+    for left in path.parent.glob(f".mha2gqa-{glob.escape(path.name)}-*"):
+        if not _is_running(left.name.rpartition("-")[2]):  # it was killed
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = path.with_name(f".mha2gqa-{path.name}-{os.getpid()}")
     try:
         temporary.mkdir()  # within the try: a signal can come the moment it returns
         yield temporary
@@ -2064,6 +2087,19 @@ def _new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _is_running(pid: str) -> bool:
+    """Whether a process of this number may be running."""
+    if os.name != "posix" or not pid.isdecimal():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
 
 
 # ---- 10 text and tokenizers ----------------------------------------------------------------------
@@ -2198,14 +2234,17 @@ class _Documents(Sequence[str]):
             elif is_gz or head.startswith(b"\xfd7zXZ") or path.suffix == ".xz":
                 with (gzip.open if is_gz else lzma.open)(file) as unpacked:
                     self._add_unpacked(path, _chunks(unpacked))
-            elif not path.is_file():
+            elif not path.is_file() or _is_array(file.peek(1 << 13)):
                 self._add_unpacked(path, _chunks(file))
             else:
                 self._add_open(path, file, path)
 
     def _add_unpacked(self, path: Path, parts: Iterable[bytes]) -> None:
         """Find the documents of what the parts make together."""
-        start = self.unpacked.seek(0, os.SEEK_END)
+        start, parts = self.unpacked.seek(0, os.SEEK_END), iter(parts)
+        first = next(parts, b"")
+        parts = itertools.chain([first], parts)
+        parts = _array_records(path, parts) if _is_array(first) else parts
         for part in _bytes_progress(parts, f"unpack {path.name}"):
             self.unpacked.write(part)
         self.unpacked.seek(start)
@@ -2218,16 +2257,8 @@ class _Documents(Sequence[str]):
         if file.read(3) == codecs.BOM_UTF8:
             start += 3
         file.seek(start)
-        head = file.read(1 << 16).lstrip()
-        file.seek(start)
-        if re.match(rb'\[\s*\{\s*"', head):
-            try:
-                records = json.load(file)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: not a JSON array ({error})") from None
-            return self._add_unpacked(path, (json.dumps(r).encode() + b"\n" for r in records))
+        of_records = _holds_records(path, file.read(1 << 16).lstrip())
         self.paths.append(source)
-        of_records = _holds_records(path, file)
         file.seek(start)
         parts = iter(file.readline, b"") if of_records else _chunks(file)
         decoder, is_blank, at = codecs.getincrementaldecoder("utf-8")(), True, start
@@ -2240,7 +2271,6 @@ class _Documents(Sequence[str]):
         if not of_records and not is_blank:
             size = min(end - start, 4 * self.longest)
             self.places.extend([len(self.paths) - 1, start, size, False])
-        return None
 
 
 def _chunks(file: Any) -> Iterator[bytes]:
@@ -2248,16 +2278,36 @@ def _chunks(file: Any) -> Iterator[bytes]:
     return iter(lambda: file.read(1 << 20), b"")
 
 
-def _holds_records(path: Path, file: BinaryIO) -> bool:
-    """Whether a file holds JSON records, by its name or by its first line that is not blank."""
+def _holds_records(path: Path, head: bytes) -> bool:
+    """Whether a file holds JSON records: by its name, or because it begins as an object does, or
+    has a record behind its first line."""
     named = {".jsonl", ".json", ".ndjson", ".jsonlines"}
-    if named & {suffix.lower() for suffix in path.suffixes}:
-        return True
-    first = next((line for line in iter(file.readline, b"") if line.strip()), b"")
-    try:
-        return first.lstrip().startswith(b"{") and isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
-        return False
+    return bool(named & {suffix.lower() for suffix in path.suffixes}
+                or re.match(rb'\{\s*"[^"\n]*"\s*:|[^\n]*\n\s*\{[^\n]*"text"\s*:', head))
+
+
+def _is_array(head: bytes) -> bool:
+    """Whether a file that begins so holds a JSON array of objects."""
+    return re.match(rb'(\xef\xbb\xbf)?\s*\[\s*\{\s*"', head) is not None
+
+
+def _array_records(path: Path, parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The records of a JSON array as JSON lines, a MB at a time."""
+    decode, utf8 = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
+    text, begins, least, reason = "", re.compile(r"\s*\[\s*(?=\{)"), 0, "it has no end"
+    for part in itertools.chain(parts, [b""]):
+        text, at = text + utf8.decode(part, final=not part), 0
+        while (found := begins.match(text, at)) and (len(text) >= least or not part):
+            try:
+                record, at = decode(text, found.end())
+            except (ValueError, RecursionError) as error:  # in the last part; else it is not whole
+                reason, least = str(error), 2 * (len(text) - at)
+                break
+            begins, least = re.compile(r"\s*,\s*(?=\{)"), 0
+            yield json.dumps(record).encode() + b"\n"
+        text = text[at:]
+    if text.strip() != "]":
+        raise ValueError(f"{path}: not a JSON array of records ({reason})")
 
 
 def _record_text(where: str, line: bytes) -> str:
@@ -2285,6 +2335,9 @@ def _parquet_records(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: cannot be read ({error}); expected a column \"text\"") from None
 
 
+_TOKENIZER_SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # the last one wins
+
+
 def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
     """The function from texts to token ids of a model directory: BOS as its files say, no EOS.
 
@@ -2293,9 +2346,8 @@ def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
     with `tokenizer.model` BOS does. Raises ValueError without either file.
     """
     folder = Path(path)
-    settings_file = folder / "tokenizer_config.json"
     settings: dict[str, Any] = {}
-    for file in (folder / "special_tokens_map.json", settings_file):
+    for file in (folder / name for name in _TOKENIZER_SETTINGS):
         settings |= read_json(file) if file.is_file() else {}
     for name, load in (("tokenizer.json", _from_tokenizer_json),
                        ("tokenizer.model", _from_tokenizer_model)):
@@ -2307,7 +2359,7 @@ def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
                 raise ValueError(f"{folder / name}: cannot be read ({error})") from None
             if isinstance(add_bos := settings.get("add_bos_token"), bool):
                 if add_bos and bos is None and not first:
-                    raise ValueError(f"{settings_file}: add_bos_token is true, but no bos_token is "
+                    raise ValueError(f"{file}: add_bos_token is true, but no bos_token is "
                                      "named that the vocabulary has")
                 first = [] if not add_bos else first if bos is None else [bos]
             return lambda texts: [ids if first and ids[: len(first)] == first else first + ids
@@ -2344,6 +2396,24 @@ def _from_tokenizer_model(file: Path, _bos_token: Any):
     return tokenizer.encode, [] if bos is None else [bos], bos
 
 
+def _text_batches(
+    documents: Sequence[str], longest: int, seed: int
+) -> Iterator[list[tuple[str, bool, bool]]]:
+    """The documents shuffled by the seed, each cut after `longest` characters, as (text, does a
+    document begin with it, does one end), in batches and pieces of some million characters: a
+    tokenizer takes a hundred bytes for each."""
+    order = random.Random(seed).sample(range(len(documents)), len(documents))[::-1]
+    batch, size = [], 0
+    for i in progress(order, "tokenize", len(order), unit=" documents", delay=2):
+        text = documents[i][:longest]
+        for at in range(0, max(1, len(text)), 1_000_000):
+            batch.append((text[at : at + 1_000_000], at == 0, at + 1_000_000 >= len(text)))
+            size += len(batch[-1][0])
+            if size >= min(1_000_000, longest) or i == order[-1]:
+                yield batch
+                batch, size = [], 0
+
+
 def _pack_rows(
     documents: Sequence[str], encode: Callable[[list[str]], list[list[int]]], config: LlamaConfig,
     n_tokens: int, seq_len: int, seed: int
@@ -2353,18 +2423,15 @@ def _pack_rows(
     At most `n_tokens` tokens; a last row that is not full is dropped. Raises ValueError for a token
     that the model does not have.
     """
-    order = random.Random(seed).sample(range(len(documents)), len(documents))
-    order.reverse()
-    ids, batch, read, size = [np.zeros(0, np.int32)], [], 0, 0
-    for i in progress(order, "tokenize", len(order), unit=" documents", delay=2):
-        # A tokenizer takes a hundred bytes per character: cut what is surely too long.
-        batch.append(documents[i][: 16 * n_tokens])
-        size += len(batch[-1])
-        if size >= min(1_000_000, 16 * n_tokens) or i == order[-1]:
-            for tokens in encode(batch):
-                ids.append(np.array(tokens + config.eos_ids, np.int32))
-                read += len(ids[-1])
-            batch, size = [], 0
+    ids, read = [np.zeros(0, np.int32)], 0
+    n_first = len(encode([""])[0])  # BOS, or nothing
+    # No tokenizer makes tokens of 16 characters on average.
+    for batch in _text_batches(documents, 16 * n_tokens, seed):
+        coded = encode([text for text, *_ in batch])
+        for tokens, (_, begins, ends) in zip(coded, batch, strict=True):
+            whole = tokens[0 if begins else n_first :] + (config.eos_ids if ends else [])
+            ids.append(np.array(whole, np.int32))
+            read += len(whole)
         if read >= n_tokens:
             break
     stream = np.concatenate(ids)[:n_tokens]

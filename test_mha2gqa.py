@@ -1322,7 +1322,10 @@ def test_two_sets_of_weights_without_an_index_are_refused(tmp_path):
 @pytest.mark.parametrize("rename", [
     lambda n: f"_orig_mod.{n}", lambda n: f"module.{n}", lambda n: f"base_model.model.{n}",
     lambda n: f"module._orig_mod.{n}", lambda n: n.replace("self_attn.", "self_attn._orig_mod."),
-    lambda n: n.removeprefix("model.")])
+    lambda n: n.removeprefix("model."), lambda n: f"model.{n}", lambda n: f"net.{n}",
+    lambda n: f"_forward_module.module.{n}",
+    lambda n: re.sub("^model.", "model.language_model.", n),
+    lambda n: re.sub("^model.", "transformer.", n)])
 def test_prefixes_that_wrappers_leave_are_stripped(tmp_path, rename):
     config = config_of()
     weights = random_weights(config)
@@ -1552,6 +1555,8 @@ def test_records_are_known_by_what_is_in_the_file(tmp_path, name):
     ('\n[\n  {\n    "text": "one"\n  }\n]\n', ["one"]),
     ("[Verse]\none", ["[Verse]\none"]), ("[ ] buy milk", ["[ ] buy milk"]),
     ("[](https://x)", ["[](https://x)"]), (r"[{\bf A}]", [r"[{\bf A}]"]),
+    (json.dumps([{"text": "größe " * i} for i in range(2, 2000)]),  # 24 MB, read in parts
+     ["größe " * i for i in range(2, 2000)]),
     ("{one}\n", ["{one}\n"]), ('"one"', ['"one"']),
     ("[1, 2]", ["[1, 2]"])])
 def test_arrays_of_records_and_what_only_looks_like_json(tmp_path, content, found):
@@ -1577,10 +1582,14 @@ def test_parquet(tmp_path, monkeypatch):
 
 
 def test_little_is_held_of_a_large_text(tmp_path, bpe):
-    """100 MB of records for 640 tokens: no more memory than the places and a batch take."""
-    line = json.dumps({"text": "words and more words " * 50}) + "\n"
-    (tmp_path / "a.jsonl").write_text(line * (100_000_000 // len(line)))
-    (tmp_path / "b.txt").write_text("a line of text\n" * (100_000_000 // 15))
+    """100 MB of records for 640 tokens: no more memory than the places and a batch take. As lines,
+    as an array, as plain text in lines and in one."""
+    line = json.dumps({"text": "words and more words " * 50})
+    lines = [line] * (100_000_000 // len(line))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.json").write_text(f"[{', '.join(lines)}]")
+    (tmp_path / "c.txt").write_text("a line of text\n" * (100_000_000 // 15))
+    (tmp_path / "d.txt").write_text("words of text " * (100_000_000 // 14))
     code = ("import sys, mha2gqa as m; from pathlib import Path\n"
             "config = m._parse_config(m.read_json(Path(sys.argv[2])))\n"
             "before = m.Meter(m.torch.device('cpu')); before.lap('')\n"
@@ -1589,8 +1598,8 @@ def test_little_is_held_of_a_large_text(tmp_path, bpe):
             "print(after.peak_memory['host'] - before.peak_memory['host'])")
     m.write_json(tmp_path / "config.json", {**BASE, "vocab_size": 384})
     done = subprocess.run(
-        [sys.executable, "-c", code, bpe.parent, tmp_path / "config.json", tmp_path / "a.jsonl",
-         tmp_path / "b.txt"], capture_output=True, text=True, check=True)
+        [sys.executable, "-c", code, bpe.parent, tmp_path / "config.json",
+         *sorted(tmp_path.glob("?.*"))], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 30e6
 
 
@@ -1613,6 +1622,21 @@ def test_rows_are_shuffled_documents_end_to_end():
     assert sorted(found) == documents != found
     other = m._pack_rows(documents, letters, config_of(), 10**9, 22, seed=4).flatten().tolist()
     assert sorted(other) == sorted(whole) and other != whole
+
+
+def test_long_documents_are_encoded_in_pieces():
+    """With BOS at the beginning of a document alone, and EOS at its end."""
+    lengths = []
+
+    def encode(texts):
+        lengths.extend(map(len, texts))
+        return letters(texts)
+
+    documents = ["a" * 2_500_000, "bb", "c" * 1_000_000]
+    stream = m._pack_rows(documents, encode, config_of(vocab_size=99), 10**7, 1, seed=0)
+    assert sorted(lengths) == [0, 2, 500_000, *3 * [1_000_000]]
+    found = bytes(stream.flatten().tolist()).split(b"\2")[:-1]
+    assert sorted(found) == [b"\1" + bytes(ord(c) - 90 for c in text) for text in documents]
 
 
 def test_tokens_that_the_model_lacks_are_refused():
@@ -1894,8 +1918,10 @@ BROKEN = {
     "bin cut": (as_bin(lambda b: b[:-1000]), CORRUPT_BIN),
     "bin of rubbish": (as_bin(lambda b: b"garbage"), CORRUPT_BIN),
     "bin empty": (as_bin(lambda b: b""), CORRUPT_BIN),
-    "bin with code": (as_bin(lambda b: pickle.dumps(Path("code"), protocol=2)), CORRUPT_BIN),
-    "bin nested": (as_bin(lambda b: torch_file({"state_dict": {"x": torch.ones(2)}})),
+    "bin with code": (as_bin(lambda b: pickle.dumps(Path("code"), protocol=2)),
+                      r"pytorch_model.bin: holds Python objects \(pathlib\S*\), not tensors alone"),
+    "bin nested": (as_bin(lambda b: torch_file(
+        {"epoch": 3, "state_dict": {"x": torch.ones(2)}})),
                    "pytorch_model.bin: holds a dict under 'state_dict', expected tensors alone; if "
                    "that is the model's state dict, save it by itself"),
     "bin with numbers for names": (as_bin(lambda b: torch_file({1: torch.ones(2)})),
@@ -1918,6 +1944,8 @@ BROKEN = {
                "x: holds consolidated.00.pth, which is in Meta's own format; transformers' conv"),
     "hub cache": (other_folder("refs/main", "snapshots/0a1b/config.json"),
                   "x: holds snapshots/0a1b, which is a model in a hub cache; MODEL is that folder"),
+    "hub": (other_folder("models--a--b/snapshots/0a1b/config.json"),
+            "x: holds models--a--b/snapshots/0a1b, which is a model in this hub cache; MODEL is"),
     "models": (other_folder("gqa/config.json", "report.json"),
                "x: holds gqa/config.json, which is a model's; MODEL is the folder that has it"),
     "training checkpoint": (other_folder("__0_0.distcp", ".metadata"),
@@ -1947,6 +1975,8 @@ BROKEN = {
                            "config.json: factor is 0, expected a positive number"),
     "rope with endless factor": (edit_config(rope_scaling={"type": "linear", "factor": math.inf}),
                                  "config.json: factor is inf, expected a positive number"),
+    "rope as text": (edit_config(rope_scaling="linear"),
+                     "config.json: rope_scaling is 'linear', expected an object or null"),
     "rope of another type": (edit_config(rope_scaling={"rope_type": ["a"]}), "config.json: "),
     "nested theta": (edit_config(rope_parameters={"rope_theta": "x"}), "rope_theta is 'x', expect"),
     "no size": (edit_config(vocab_size=None), "config.json: no vocab_size"),
@@ -2013,7 +2043,13 @@ BAD_TEXT = {
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n')[:-9], "cut.jsonl.gz: cannot be read"),
     "not.txt.xz": (b"no xz", "not.txt.xz: cannot be read"),
     "pointer.jsonl": (POINTER, "pointer.jsonl: only a Git LFS pointer"),
-    "array.json": (b'[{"text": "a"}, {"text"', "array.json: not a JSON array"),
+    "array.json": (b'[{"text": "a"}, {"text"', "array.json: not a JSON array of records"),
+    "open.json": (b'[{"text": "a"}, ', "open.json: not a JSON array of records"),
+    "mixed.txt": (b'[{"text": "a"}, "b"]', "mixed.txt: not a JSON array of records"),
+    "two.txt": (b'[{"text": "a"}][{"text": "b"}]', "two.txt: not a JSON array of records"),
+    "array.txt": (b'[{"text": "a"}, {"body": "b"}]', 'array.txt, line 2: .* a "text" string'),
+    "header.txt": (b'source: web\n{"url": "b", "text": "a"}\n', "header.txt, line 1: not JSON"),
+    "indented.txt": (b'{\n  "text": "a"\n}\n{\n  "text": "b"\n}', "indented.txt, line 1: not"),
     "cut.ndjson": (b't": "a"}\n{"text": "b"}\n', "cut.ndjson, line 1: not JSON"),
     "deep.jsonl": (b'{"a":' * 100_000, "deep.jsonl, line 1: not JSON"),
     "deep.txt": (b'[{"a":' * 100_000, "deep.txt: not a JSON array"),
@@ -2226,6 +2262,37 @@ def test_an_interrupted_conversion_leaves_nothing(trained, tmp_path, number):
     assert program.returncode == 130 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_the_next_conversion_removes_what_a_killed_one_left(trained, tmp_path):
+    """After 8 kills at random moments it writes bit for bit what one alone writes."""
+    def start(out):
+        program = subprocess.Popen(
+            [sys.executable, PROGRAM, trained / "mha", out, "--kv-heads", "2", "--text",
+             trained / "text.jsonl", "--tokens", "6000"], stdout=subprocess.PIPE)
+        program.stdout.readline()  # what will be done
+        return program, time.monotonic()
+
+    (tmp_path / "whole").mkdir()
+    program, begin = start(tmp_path / "whole/out")
+    program.communicate()
+    seconds, rng = time.monotonic() - begin, random.Random(0)
+    others = [".mha2gqa-out2-999999999", f".mha2gqa-out-{os.getppid()}", ".mha2gqa-out-x", "whole"]
+    for other in others[:-1]:  # of other conversions, or of one that is running
+        (tmp_path / other).mkdir()
+    for _ in range(8):
+        program, _ = start(tmp_path / "out")
+        time.sleep(rng.uniform(0, 0.9 * seconds))
+        program.kill()
+        program.communicate()
+        left = set(os.listdir(tmp_path)) - set(others)
+        assert left <= {f".mha2gqa-out-{program.pid}"}
+    program, _ = start(tmp_path / "out")
+    program.communicate()
+    assert program.returncode == 0 and sorted(os.listdir(tmp_path)) == sorted([*others, "out"])
+    (_, a), (_, b) = (m.load_checkpoint(tmp_path / name) for name in ("whole/out", "out"))
+    assert same_weights(a, b)
+
+
 # ---- the trainer: whole runs ---------------------------------------------------------------------
 
 TRAINER = PROGRAM.with_name("train_gqa.py")
@@ -2351,7 +2418,7 @@ def test_two_processes_make_the_same_run(runs, way):
     assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5
 
 
-def start_group(arguments, processes, prepare=lambda: None):
+def start_group(arguments, processes, prepare=lambda: None, program=(TRAINER,)):
     """The run's processes, told of each other as torchrun tells them."""
     def begin():
         heed_signals()
@@ -2365,7 +2432,7 @@ def start_group(arguments, processes, prepare=lambda: None):
                        "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost",
                        "MASTER_PORT": port}
         yield subprocess.Popen(
-            [sys.executable, TRAINER, *arguments], text=True,
+            [sys.executable, *program, *arguments], text=True, cwd=PROGRAM.parent,
             env={**os.environ, **{name: str(value) for name, value in environment.items()}},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=begin)
 
@@ -3023,9 +3090,9 @@ def test_a_damaged_checkpoint_is_put_aside(trained, runs, tmp_path, damage, proc
 def test_what_is_not_a_checkpoint_s_fault_is_raised():
     for reason in (torch.OutOfMemoryError("CUDA"), RuntimeError("gloo: Connection closed")):
         with pytest.raises(RuntimeError, match="CUDA|gloo"):
-            train_gqa.damage(train_gqa.dcp.CheckpointException("load", {0: (reason, None)}))
+            train_gqa.own_fault(train_gqa.dcp.CheckpointException("load", {0: (reason, None)}))
     cut = train_gqa.dcp.CheckpointException("load", {0: (EOFError("Ran out of input"), None)})
-    assert str(train_gqa.damage(cut)) == "Ran out of input"
+    assert train_gqa.own_fault(cut) == "Ran out of input"
 
 
 @pytest.mark.slow
@@ -3043,16 +3110,34 @@ def test_a_run_continues_on_another_number_of_processes(trained, runs, tmp_path,
     assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5
 
 
+# The program, but one of its processes kills itself at its second call of a function, with a part
+# of the work done.
+DIES = """if True:
+    import itertools, os, signal, sys, train_gqa
+    calls, whole = itertools.count(), train_gqa.{place}
+    def dies(*arguments, **keywords):
+        if os.environ["RANK"] == "{rank}" and next(calls) == {calls}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments, **keywords)
+    train_gqa.{place} = dies
+    sys.exit(train_gqa.main())"""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("place, calls", [
+    ("mha2gqa.lr_factor", 6), ("dcp.save", 1), ("dcp.load", 0), ("get_model_state_dict", 1),
+    ("share", 0), ("save_model", 0)])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_when_a_process_dies_the_other_says_so_and_ends(trained, runs, tmp_path, rank):
+def test_when_a_process_dies_the_other_says_so_and_ends(
+        trained, runs, tmp_path, place, calls, rank):
     out, (whole, _) = tmp_path / "out", runs("default", 2)
     arguments = train_arguments(trained, out, "default")
-    group = list(start_group(arguments, 2))
-    while not (out / "metrics.jsonl").exists() or len(read_metrics(out)) < 6:
-        time.sleep(0.01)
-    group[rank].kill()
+    if place == "dcp.load":
+        stop_after(6, arguments, out, 2)
+    dies = DIES.format(place=place, calls=calls, rank=rank)
+    group = list(start_group(arguments, 2, program=("-c", dies)))
     printed = group[1 - rank].communicate(timeout=60)[0]
+    assert group[rank].wait() == -signal.SIGKILL
     assert group[1 - rank].returncode == 2
     assert re.findall("^error.*$", printed, re.M) == [
         "error: another process of this run has ended, see above; the same command continues"]
@@ -3116,8 +3201,44 @@ def test_files_that_changed_since_a_run_began(trained, tmp_path):
         assert run.returncode == 2
         file.write_bytes(content)
         os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    (tmp_path / "model/notes.json").write_text("of no matter")
+    for _ in range(2):  # it ends, and prints its table again
+        (run,) = start_group(arguments, 1)
+        assert "error" not in run.communicate()[0] and run.returncode == 0
+    (tmp_path / "text.jsonl").unlink()
     (run,) = start_group(arguments, 1)
-    assert "error" not in run.communicate()[0] and run.returncode == 0
+    assert f"{tmp_path / 'text.jsonl'} is gone since the run" in run.communicate()[0]
+
+
+def test_which_files_of_tasks_are_looked_at(trained, tmp_path):
+    for name in ("piqa/train.jsonl", "piqa/train-labels.lst", "piqa/dev.jsonl", "boolq/dev.jsonl",
+                 "boolq/val.jsonl", "boolq/.DS_Store", "notes/train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    args = train_gqa.parse_arguments(
+        train_arguments(trained, tmp_path / "out", "paper", "--tasks", tmp_path))
+    found = {Path(name).relative_to(tmp_path).as_posix() for name in train_gqa.file_stamps(args)
+             if name.startswith(str(tmp_path))}
+    assert found == {"piqa/train.jsonl", "piqa/train-labels.lst", "piqa/dev.jsonl",
+                     "boolq/val.jsonl"}
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_find_each_other(trained, tmp_path):
+    done = subprocess.run(
+        [sys.executable, TRAINER, *train_arguments(trained, tmp_path / "out")], text=True,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "none"}, capture_output=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: the processes do not find each other \(.*none.*\)\n", done.stderr)
+
+
+def test_lines_of_metrics_that_will_be_made_again_or_are_broken_go(tmp_path):
+    lines = ['{"stage": "fine-tune", "step": 9, "loss": 1}',
+             '{"stage": "distill", "step": 0, "loss": 1}']
+    others = ['{"stage": "distill", "step": 1, "a": 1}', "{}", "[1]", '{"stage": "dis', "{x}", ""]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], *others, lines[1]]) + "\n")
+    train_gqa.drop_metrics_from(tmp_path / "metrics.jsonl", "distill", 1)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
 
 
 def test_what_torchrun_would_not_set(trained, tmp_path, train_command, monkeypatch):
@@ -3128,7 +3249,11 @@ def test_what_torchrun_would_not_set(trained, tmp_path, train_command, monkeypat
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "report.json: not JSON"), ("{}", "report.json: not a report of this program; choose an")])
+    ("", "report.json: not JSON"), ("{}", "report.json: not a report of this program; choose an"),
+    ('{"arguments": {}, "scores": [], "seconds": {}}', "not a report of this program"),
+    ('{"arguments": {}, "scores": {"source": 1}, "seconds": {}}', "not a report of this program"),
+    ('{"arguments": {}, "scores": {}, "seconds": {"read": "x"}}', "not a report of this program"),
+    ('{"arguments": {}, "scores": {}, "seconds": {}, "files": []}', "not a report of this")])
 def test_reports_that_are_none(trained, tmp_path, train_command, content, message):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/report.json").write_text(content)

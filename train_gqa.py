@@ -147,8 +147,8 @@ def micro_batches(
 def start_processes() -> torch.device:
     """Join torchrun's processes, or be the only one; returns this process's device.
 
-    Raises ValueError if there are more processes here than GPUs, or if what torchrun would have set
-    is not what it sets.
+    Raises ValueError if there are more processes here than GPUs, if what torchrun would have set is
+    not what it sets, or if they do not find each other.
     """
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         if not os.environ.get(name, "0").isdecimal():
@@ -158,12 +158,14 @@ def start_processes() -> torch.device:
     if cuda and here > torch.cuda.device_count():
         raise ValueError(f"{here} processes on this machine, which has {torch.cuda.device_count()} "
                          "GPUs: choose another --nproc-per-node")
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        # The others wait while rank 0 converts the source: longer than the default timeout allows.
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
-    else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    # The others wait while rank 0 converts the source: longer than the default timeout allows.
+    options: dict[str, Any] = {"timeout": datetime.timedelta(hours=12)}
+    if "RANK" not in os.environ:
+        options |= {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    except RuntimeError as error:
+        raise ValueError(f"the processes do not find each other ({error_line(error)})") from None
     if not cuda:  # torchrun leaves each process one thread
         usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
         torch.set_num_threads(max(1, len(usable) // here))
@@ -190,6 +192,11 @@ def broadcast_from_rank_0(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the group has ended."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def raise_on_all_ranks(function: Callable):
@@ -622,10 +629,10 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
 def drop_metrics_from(file: Path, stage: str, first: int) -> None:
     """Drop the lines of steps that will be made again."""
     if file.exists():
-        lines = file.read_text(errors="replace").splitlines()
-        records = [json.loads(line) for line in lines if re.fullmatch(r"\{.*\}", line)]
-        kept = [r for r in records if r["stage"] != stage or r["step"] < first]
-        text = "".join(json.dumps(r) + "\n" for r in kept)
+        made = re.compile(r'\{"stage": "(.*?)", "step": (\d+), .*\}')  # a line that is whole
+        lines = map(made.fullmatch, file.read_text(errors="replace").splitlines())
+        text = "".join(line[0] + "\n" for line in lines
+                       if line and (line[1] != stage or int(line[2]) < first))
         write_whole(file, lambda new: new.write_text(text))
 
 
@@ -658,8 +665,9 @@ def save_step(folder: Path, step: int, model, optimizer, masks) -> None:
     try:
         dcp.save(training_state(model, optimizer), checkpoint_id=partial)
     except (RuntimeError, dcp.CheckpointException) as error:  # a full disk, for one
+        reason = own_fault(error)
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{partial}: cannot be written ({error_line(error)})") from None
+        raise OSError(f"{partial}: cannot be written ({reason})") from None
 
     def finish():
         if masks:
@@ -673,10 +681,19 @@ def save_step(folder: Path, step: int, model, optimizer, masks) -> None:
 
 
 def error_line(error: BaseException) -> str:
-    """One line that says why: of what checkpointing wraps, the innermost reason."""
-    while isinstance(error, dcp.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+    """The first line of what an error says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def own_fault(error: BaseException) -> str:
+    """What is wrong with a checkpoint, in one line, of the errors that its reading or writing
+    raised on all ranks; raises again what is not its fault."""
+    failures = error.failures if isinstance(error, dcp.CheckpointException) else {}
+    reasons = [reason for reason, _ in failures.values()] or [error]
+    for reason in reasons:
+        if isinstance(reason, torch.OutOfMemoryError) or is_lost_process(reason):
+            raise reason
+    return error_line(reasons[0])
 
 
 def checkpoints(folder: Path) -> list[int]:
@@ -712,14 +729,6 @@ def load_newest(folder: Path, model, optimizer, masks) -> int:
     return 0
 
 
-def damage(error: dcp.CheckpointException) -> ValueError:
-    """What is wrong with a checkpoint; raises again what is not its fault."""
-    for reason, _ in error.failures.values():
-        if isinstance(reason, torch.OutOfMemoryError | dist.DistError) or "gloo" in str(reason):
-            raise reason
-    return ValueError(error_line(error))
-
-
 def load_step(path: Path, model, optimizer, masks) -> None:
     """Load a checkpoint; raises ValueError for one that is damaged."""
     state = training_state(model, optimizer)
@@ -727,7 +736,7 @@ def load_step(path: Path, model, optimizer, masks) -> None:
     try:
         dcp.load(state, checkpoint_id=path)
     except dcp.CheckpointException as error:
-        raise damage(error) from None
+        raise ValueError(own_fault(error)) from None
     finally:
         logging.disable(logging.NOTSET)
     set_model_state_dict(model, state["model"])
@@ -918,7 +927,7 @@ class Report:
         out, arguments = args.out, args.to_json()
         if self.file.exists():
             content = mha2gqa.read_json(self.file)
-            if not {"arguments", "scores", "seconds"} <= content.keys():
+            if not is_report(content):
                 raise ValueError(f"{self.file}: not a report of this program; choose another --out")
             before = content["arguments"]
             for name in (n for n in arguments if before.get(n) != arguments[n]):
@@ -968,13 +977,26 @@ class Report:
             free_memory()
 
 
+def is_report(content: Mapping[str, Any]) -> bool:
+    """Whether a report.json has what this program reads of it."""
+    def is_of(kind: Any, value: Any) -> bool:
+        return isinstance(value, dict) and all(isinstance(v, kind) for v in value.values())
+
+    scores: Any = content.get("scores")
+    number = float | int
+    return (is_of(object, content.get("arguments")) and is_of(number, content.get("seconds"))
+            and is_of(dict, scores) and all(is_of(number, found) for found in scores.values())
+            and is_of(list, content.get("files", {})))
+
+
 def file_stamps(args: Arguments) -> dict[str, list[int]]:
     """[bytes, time of the last change in ns] of every file that a run reads."""
     folders = [Path(folder) for folder in (args.model, args.teacher) if folder]
-    tasks = Path(args.tasks).glob("*/*") if args.tasks else ()
-    files = [*(file for folder in folders for file in folder.glob("*")
-               if file.suffix in (".json", ".safetensors", ".bin", ".model")), *tasks,
-             *map(Path, (*args.text, *args.eval_text))]
+    files = [file for folder in folders for file in mha2gqa.model_files(folder)]
+    files += [Path(file) for file in (*args.text, *args.eval_text)]
+    for task, dev in itertools.product(TASKS if args.tasks else (), (False, True)):
+        file = task_file(Path(cast(str, args.tasks)), task, dev)
+        files += [file, labels_file(file)] if file else []
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns]
             for file in files if file.is_file()}
 
@@ -1119,7 +1141,7 @@ def fine_tuned_teacher(
         free_memory()
     if is_rank_0():
         shutil.rmtree(sft, ignore_errors=True)
-    return Checkpoint.open(folder)
+    return raise_on_all_ranks(lambda: Checkpoint.open(folder))
 
 
 @torch.no_grad()
@@ -1154,7 +1176,7 @@ def run_stages(
     if args.source_teaches:
         tuned = source
     elif args.teacher:
-        tuned = open_teacher(args, config)
+        tuned = raise_on_all_ranks(lambda: open_teacher(args, config))
     else:
         tuned = fine_tuned_teacher(args, source, data.train, device)
         report.meter.lap("fine-tune")
@@ -1191,8 +1213,8 @@ def run_stages(
         report.meter.lap("write")
         del student, masks
         free_memory()
-    report.score("distilled", data, teacher,
-                 lambda: frozen_checkpoint(Checkpoint.open(result), device))
+    written = raise_on_all_ranks(lambda: Checkpoint.open(result))
+    report.score("distilled", data, teacher, lambda: frozen_checkpoint(written, device))
 
 
 def print_report(report: Report) -> None:
@@ -1277,29 +1299,39 @@ TASKS = {
 }
 
 
+def task_file(folder: Path, task: str, dev: bool) -> Path | None:
+    """The training or dev file of a task that is there."""
+    _, *names = TASKS[task]
+    return next((file for name in names[dev] if (file := folder / task / name).is_file()), None)
+
+
+def labels_file(file: Path) -> Path:
+    """The file with the labels of a task's file, if they are not in its records."""
+    return file.with_name(f"{file.stem}-labels.lst")
+
+
 def read_task(folder: Path, task: str, dev: bool) -> list[tuple[str, str]]:
     """(prompt, answer) of every record of a task's training or dev file, as published.
 
     Raises ValueError with file and line for a missing file or a record of another form.
     """
     parse, *names = TASKS[task]
-    files = [folder / task / name for name in names[dev] if (folder / task / name).is_file()]
-    if not files:
+    file = task_file(folder, task, dev)
+    if file is None:
         raise ValueError(f"{folder / task}: no {' or '.join(names[dev])}")
-    file = files[0]
     mha2gqa.refuse_pointer(file)
-    labels_file = file.with_name(f"{file.stem}-labels.lst")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 ({error})") from None
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if parse in (piqa, siqa) and not labels_file.is_file():
-        raise ValueError(f"{labels_file}: no such file; it should hold {file.name}'s labels")
-    labels = (labels_file.read_text(encoding="utf-8-sig").split() if labels_file.is_file()
+    beside = labels_file(file)
+    if parse in (piqa, siqa) and not beside.is_file():
+        raise ValueError(f"{beside}: no such file; it should hold {file.name}'s labels")
+    labels = (beside.read_text(encoding="utf-8-sig").split() if beside.is_file()
               else [None] * len(lines))
     if len(labels) != len(lines):
-        raise ValueError(f"{labels_file}: {len(labels)} labels for {len(lines)} records")
+        raise ValueError(f"{beside}: {len(labels)} labels for {len(lines)} records")
     examples = []
     for (number, line), label in zip(lines, labels, strict=True):
         try:
@@ -1491,13 +1523,13 @@ DEMO_ARGUMENTS = Arguments(
 def run(args: Arguments, device: torch.device) -> None:
     """The run that the arguments ask for, or just the table of one that is finished."""
     report = Report(args, device)
+    if args is DEMO_ARGUMENTS and not broadcast_from_rank_0((args.out / "source").exists()):
+        report.write()
+        make_demo_source(args.corpus, device)
+        report.meter.lap("make the source")
+    on_rank_0(lambda: report.check_files(args))
     if "distilled" not in report.scores:
-        if args is DEMO_ARGUMENTS and not broadcast_from_rank_0((args.out / "source").exists()):
-            report.write()
-            make_demo_source(args.corpus, device)
-            report.meter.lap("make the source")
         source = raise_on_all_ranks(lambda: Checkpoint.open(args.model))
-        on_rank_0(lambda: report.check_files(args))
         data, schedule = on_rank_0(lambda: read_input(args, source, device)) or (None, None)
         report.meter.lap("read")
         report.write()
@@ -1517,7 +1549,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(args or DEMO_ARGUMENTS, start_processes())
     except (ValueError, OSError, FloatingPointError) as error:
-        if is_rank_0() or "MASTER_ADDR" not in os.environ:
+        # Before there is a group, what is wrong may be so on one machine alone.
+        if is_rank_0() if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
@@ -1525,7 +1558,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               "shorter --seq-len take less", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not is_lost_process(error):
             raise
         if os.environ.get("RANK") in ("0", "1"):  # one of them at least has not ended before
             print("error: another process of this run has ended, see above; the same command "
