@@ -1752,7 +1752,9 @@ def _flush(path: Path) -> None:
         return
     opened = os.open(path, flags)
     try:
-        os.fsync(opened)
+        # Some network disks cannot do it for a directory.
+        with contextlib.suppress(*[OSError] * path.is_dir()):
+            os.fsync(opened)
     finally:
         os.close(opened)
 
@@ -1843,8 +1845,14 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
                          "download it again, as safetensors if there are") from None
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{file}: holds a {type(tensors).__name__}, expected a state dict")
-    # A training's file: what holds the model is a dict, and more telling than what is beside it.
-    for name, value in sorted(tensors.items(), key=lambda item: not isinstance(item[1], Mapping)):
+    def is_inside(item):  # of a training's file the model's dict tells more than what is beside it
+        return isinstance(item[1], Mapping) and any(
+            isinstance(value, Tensor) for value in item[1].values())
+
+    for name, value in sorted(tensors.items(), key=is_inside, reverse=True):
+        if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+            raise ValueError(f"{file}: {name} is a sparse tensor, or one without values; save "
+                             "plain ones")
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{file}: holds a {type(value).__name__} under {name!r}, expected "
                              "tensors alone; if that is the model's state dict, save it by itself")
@@ -1869,9 +1877,9 @@ def _plain_names(weights: Weights) -> dict[str, Tensor]:
 
     plain = {own_name(name): weights[stored] for stored, name in found.items()}
     for name in plain:
-        if ".lora_" in name:
-            raise ValueError(f"tensor {name} is a LoRA weight; merge the adapter into its model "
-                             "(PEFT: merge_and_unload()) and save that")
+        if re.search(r"\.(lora_|base_layer\.|modules_to_save\.)", name):
+            raise ValueError(f"tensor {name} is of a PEFT adapter, such as LoRA; merge it into its "
+                             "model (merge_and_unload()) and save that")
     if len(plain) < len(weights):
         raise ValueError("two tensors have one name, but for prefixes such as module.")
     return plain
@@ -2074,10 +2082,11 @@ def _new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
     Raises ValueError as `_check_new_directory` says.
     """
     path = _check_new_directory(path, size)
-    for left in path.parent.glob(f".mha2gqa-{glob.escape(path.name)}-*"):
-        if not _is_running(left.name.rpartition("-")[2]):  # it was killed
+    prefix = f".mha2gqa-{path.name}-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        if not _may_run(left.name.removeprefix(prefix)):  # it was killed
             shutil.rmtree(left, ignore_errors=True)
-    temporary = path.with_name(f".mha2gqa-{path.name}-{os.getpid()}")
+    temporary = path.with_name(f"{prefix}{os.getpid()}")
     try:
         temporary.mkdir()  # within the try: a signal can come the moment it returns
         yield temporary
@@ -2089,8 +2098,8 @@ def _new_directory(path: PathLike, size: int = 0) -> Iterator[Path]:
         raise
 
 
-def _is_running(pid: str) -> bool:
-    """Whether a process of this number may be running."""
+def _may_run(pid: str) -> bool:
+    """Whether another process of this number may be running."""
     if os.name != "posix" or not pid.isdecimal():
         return True
     try:
@@ -2263,6 +2272,8 @@ class _Documents(Sequence[str]):
         parts = iter(file.readline, b"") if of_records else _chunks(file)
         decoder, is_blank, at = codecs.getincrementaldecoder("utf-8")(), True, start
         for number, part in enumerate(_bytes_progress(parts, f"read {path.name}", end - start), 1):
+            if b"\0" in part:
+                raise ValueError(f"{path}: holds bytes of 0, as no text in UTF-8 does; UTF-16?")
             if not of_records:
                 is_blank &= not decoder.decode(part, final=at + len(part) == end).strip()
             elif part.strip() and _record_text(f"{path}, line {number}", part).strip():
@@ -2283,25 +2294,28 @@ def _holds_records(path: Path, head: bytes) -> bool:
     has a record behind its first line."""
     named = {".jsonl", ".json", ".ndjson", ".jsonlines"}
     return bool(named & {suffix.lower() for suffix in path.suffixes}
-                or re.match(rb'\{\s*"[^"\n]*"\s*:|[^\n]*\n\s*\{[^\n]*"text"\s*:', head))
+                or re.match(rb'\{\s*"([^"\\\n]|\\.)*"\s*:|[^\n]*\n\s*\{[^\n]*"text"\s*:', head))
 
 
 def _is_array(head: bytes) -> bool:
     """Whether a file that begins so holds a JSON array of objects."""
-    return re.match(rb'(\xef\xbb\xbf)?\s*\[\s*\{\s*"', head) is not None
+    return re.match(rb'(\xef\xbb\xbf)?\s*\[\s*\{\s*["}]', head) is not None
 
 
 def _array_records(path: Path, parts: Iterable[bytes]) -> Iterator[bytes]:
     """The records of a JSON array as JSON lines, a MB at a time."""
     decode, utf8 = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
-    text, begins, least, reason = "", re.compile(r"\s*\[\s*(?=\{)"), 0, "it has no end"
+    text, begins, least = "", re.compile(r"\s*\[\s*(?=\{)"), 0
+    reason = "expected objects, with commas between them, in brackets"
     for part in itertools.chain(parts, [b""]):
         text, at = text + utf8.decode(part, final=not part), 0
         while (found := begins.match(text, at)) and (len(text) >= least or not part):
             try:
                 record, at = decode(text, found.end())
-            except (ValueError, RecursionError) as error:  # in the last part; else it is not whole
+            except (ValueError, RecursionError) as error:  # or it is just not whole yet
                 reason, least = str(error), 2 * (len(text) - at)
+                if least > 1 << 28:
+                    raise ValueError(f"{path}: not a JSON array of records ({reason})") from None
                 break
             begins, least = re.compile(r"\s*,\s*(?=\{)"), 0
             yield json.dumps(record).encode() + b"\n"
@@ -2315,7 +2329,8 @@ def _record_text(where: str, line: bytes) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error.args[0]})") from None
+        raise ValueError(f"{where}: not JSON ({error.args[0]}), in what seems to be a file of "
+                         "JSON records, one a line") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError(f'{where}: expected an object with a "text" string')
     return record["text"].encode("utf-8", "replace").decode()  # web text has lone surrogates
@@ -2328,7 +2343,7 @@ def _parquet_records(path: Path) -> Iterator[bytes]:
     except ImportError:
         raise ValueError(f"{path}: to read Parquet, pip install pyarrow") from None
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
+        for batch in parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
             for text in batch.column("text").to_pylist():
                 yield json.dumps({"text": "" if text is None else text}).encode() + b"\n"
     except (ArrowException, KeyError, TypeError) as error:  # the last: of a column of bytes
@@ -2377,8 +2392,8 @@ def _from_tokenizer_json(file: Path, bos_token: Any):
     tokenizer.no_padding()
     sample = tokenizer.encode("a")
     n_first = (sample.special_tokens_mask + [0]).index(0)
-    bos_token = bos_token["content"] if isinstance(bos_token, dict) else bos_token
-    bos = None if bos_token is None else tokenizer.token_to_id(bos_token)
+    bos_token = bos_token.get("content") if isinstance(bos_token, dict) else bos_token
+    bos = tokenizer.token_to_id(bos_token) if isinstance(bos_token, str) else None
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]

@@ -150,20 +150,24 @@ def start_processes() -> torch.device:
     Raises ValueError if there are more processes here than GPUs, if what torchrun would have set is
     not what it sets, or if they do not find each other.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        if not os.environ.get(name, "0").isdecimal():
-            raise ValueError(f"the environment has {name}={os.environ[name]!r}, expected a number "
-                             "from torchrun; unset it, or start with torchrun")
+    for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1),
+                        ("MASTER_PORT", 1)):
+        found = os.environ.get(name, "1")
+        if not found.isdecimal() or int(found) < least:
+            raise ValueError(f"the environment has {name}={found!r}, expected a number from "
+                             "torchrun; unset it, or start with torchrun")
     cuda, here = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda and here > torch.cuda.device_count():
         raise ValueError(f"{here} processes on this machine, which has {torch.cuda.device_count()} "
                          "GPUs: choose another --nproc-per-node")
-    # The others wait while rank 0 converts the source: longer than the default timeout allows.
-    options: dict[str, Any] = {"timeout": datetime.timedelta(hours=12)}
-    if "RANK" not in os.environ:
-        options |= {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    store, rank, size = dist.HashStore(), 0, 1
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+        if "RANK" in os.environ:
+            store, rank, size = next(dist.rendezvous(
+                "env://", timeout=datetime.timedelta(minutes=5)))
+        # The others wait while rank 0 converts: longer than the default timeout allows.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
+                                world_size=size, timeout=datetime.timedelta(hours=12))
     except RuntimeError as error:
         raise ValueError(f"the processes do not find each other ({error_line(error)})") from None
     if not cuda:  # torchrun leaves each process one thread
@@ -196,7 +200,7 @@ def broadcast_from_rank_0(value):
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether an error says that another process of the group has ended."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def raise_on_all_ranks(function: Callable):
@@ -698,7 +702,7 @@ def own_fault(error: BaseException) -> str:
 
 def checkpoints(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, in order."""
-    names = (re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*"))
+    names = (re.fullmatch(r"step_([1-9]\d*)", path.name) for path in folder.glob("step_*"))
     return sorted(int(name[1]) for name in names if name)
 
 
@@ -984,9 +988,13 @@ def is_report(content: Mapping[str, Any]) -> bool:
 
     scores: Any = content.get("scores")
     number = float | int
-    return (is_of(object, content.get("arguments")) and is_of(number, content.get("seconds"))
-            and is_of(dict, scores) and all(is_of(number, found) for found in scores.values())
-            and is_of(list, content.get("files", {})))
+    if not (is_of(object, content.get("arguments")) and is_of(number, content.get("seconds"))
+            and is_of(list, content.get("files", {})) and is_of(dict, scores)
+            and all(is_of(number, found) for found in scores.values())):
+        return False
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        return "distilled" not in scores or bool(table(content))
+    return False
 
 
 def file_stamps(args: Arguments) -> dict[str, list[int]]:
@@ -1217,17 +1225,16 @@ def run_stages(
     report.score("distilled", data, teacher, lambda: frozen_checkpoint(written, device))
 
 
-def print_report(report: Report) -> None:
-    """What a person wants to know of a report."""
-    cache, columns = report.content["kv_cache_bytes_per_token"], list(report.scores["source"])
-    print_rank_0("\nHeld-out text in nats/token; shares of the tasks' exact answers.\n"
-                 f"{'':<10}" + "".join(f"{name:>12}" for name in columns) + "  KV bytes/token")
-    for name, scores in report.scores.items():
+def table(report: Mapping[str, Any]) -> str:
+    """What a person wants to know of a finished run's report."""
+    cache, columns = report["kv_cache_bytes_per_token"], list(report["scores"]["source"])
+    rows = ["Held-out text in nats/token; shares of the tasks' exact answers.",
+            f"{'':<10}" + "".join(f"{name:>12}" for name in columns) + "  KV bytes/token"]
+    for name, scores in report["scores"].items():
         size = cache["source" if name in ("source", "teacher") else "converted"]
-        print_rank_0(f"{name:<10}" + "".join(f"{scores[c]:12.4f}" for c in columns)
-                     + f"{size:16,}")
-    seconds = ", ".join(f"{name} {n:.0f}" for name, n in report.content["seconds"].items())
-    print_rank_0(f"seconds: {seconds}; the model is in {report.file.parent}/gqa")
+        rows.append(f"{name:<10}" + "".join(f"{scores[c]:12.4f}" for c in columns) + f"{size:16,}")
+    seconds = ", ".join(f"{name} {n:.0f}" for name, n in report["seconds"].items())
+    return "\n".join([*rows, f"seconds: {seconds}"])
 
 
 # ---- 9 tasks -------------------------------------------------------------------------------------
@@ -1240,10 +1247,10 @@ def choice_list(choices: Iterable[str]) -> str:
 
 def boolq(r, _label):
     """(prompt, answer) of a BoolQ record, with `answer` or, in SuperGLUE's spelling, `label`."""
+    answers = {"true": "true", "1": "true", "false": "false", "0": "false"}
     answer = r["answer"] if "answer" in r else r["label"]
     question = f"Question: {r['question']}?\n{choice_list(['true', 'false'])}"
-    text = "true" if str(answer).lower() in ("true", "1") else "false"
-    return f"{r['passage']}\n{question}\nAnswer:", text
+    return f"{r['passage']}\n{question}\nAnswer:", answers[str(answer).lower()]
 
 
 def piqa(r, label):
@@ -1282,8 +1289,9 @@ def science(r, _label):
 def hellaswag(r, _label):
     """(prompt, answer) of a HellaSwag record, with `ctx` or with `ctx_a` and `ctx_b`."""
     ctx = r["ctx"] if "ctx" in r else f"{r['ctx_a']} {r['ctx_b']}"
+    endings = dict(enumerate(r["endings"]))  # not a list, of which label -1 would be the last
     return ("Please choose the most appropriate text to complete the passage below:\n"
-            f"Passage: {ctx}\n{choice_list(r['endings'])}\nAnswer:"), r["endings"][int(r["label"])]
+            f"Passage: {ctx}\n{choice_list(endings.values())}\nAnswer:"), endings[int(r["label"])]
 
 
 # task: (parser, training file, dev files in the spellings of its copies)
@@ -1319,26 +1327,33 @@ def read_task(folder: Path, task: str, dev: bool) -> list[tuple[str, str]]:
     file = task_file(folder, task, dev)
     if file is None:
         raise ValueError(f"{folder / task}: no {' or '.join(names[dev])}")
-    mha2gqa.refuse_pointer(file)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error})") from None
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
     beside = labels_file(file)
     if parse in (piqa, siqa) and not beside.is_file():
         raise ValueError(f"{beside}: no such file; it should hold {file.name}'s labels")
-    labels = (beside.read_text(encoding="utf-8-sig").split() if beside.is_file()
-              else [None] * len(lines))
+    labels = read_text(beside).split() if beside.is_file() else [None] * len(lines)
     if len(labels) != len(lines):
         raise ValueError(f"{beside}: {len(labels)} labels for {len(lines)} records")
     examples = []
     for (number, line), label in zip(lines, labels, strict=True):
         try:
-            examples.append(parse(json.loads(line), label))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            prompt, answer = parse(json.loads(line), label)
+            # Web text has lone surrogates, which no tokenizer takes.
+            examples.append(tuple(part.encode("utf-8", "replace").decode()
+                                  for part in (prompt, answer)))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError,
+                RecursionError) as error:
             raise ValueError(f"{file}, line {number}: not a record of {task} ({error!r})") from None
     return examples
+
+
+def read_text(file: Path) -> str:
+    """The text of a file; ValueError for what is not UTF-8, or only a Git LFS pointer."""
+    mha2gqa.refuse_pointer(file)
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error})") from None
 
 
 Example = tuple[list[int], int]  # (token ids with EOS, length of the prompt)
@@ -1536,7 +1551,7 @@ def run(args: Arguments, device: torch.device) -> None:
         data, schedule = share(data, args.out / "data.pt"), broadcast_from_rank_0(schedule)
         run_stages(args, source, data, schedule, report, device)
     on_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
-    print_report(report)
+    print_rank_0(f"\n{table(report.content)}; the model is in {args.out}/gqa")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
