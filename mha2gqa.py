@@ -266,8 +266,8 @@ def causal_attention(
                           for x in (k_BKTE, v_BKTE))
     shared = q_BHTE.shape[1] != k_BKTE.shape[1]
 
-    def attend(*heads):
-        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=shared)
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
 
     if ends is None:
         return attend(q_BHTE, k_BKTE, v_BKTE)

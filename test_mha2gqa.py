@@ -2752,6 +2752,7 @@ def test_losses_in_chunks_are_the_losses_at_once(alone, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # 3.5 GB
 def test_losses_take_a_quarter_of_the_memory():
     """4,096 predictions of 32,000 logits, forward and backward, in chunks and at once."""
     code = """if True:
