@@ -46,6 +46,7 @@ import contextlib
 import dataclasses
 import glob
 import gzip
+import inspect
 import itertools
 import json
 import lzma
@@ -74,6 +75,7 @@ from torch.utils.checkpoint import checkpoint
 __version__ = "0.2.0"
 __all__ = [
     "LlamaConfig", "Llama", "Decoder", "Block", "Attention", "MLP", "RMSNorm", "at_least_float32",
+    "causal_attention", "attention_kernel",
     "BlockStatistics", "block_statistics", "value_gram", "key_gram",
     "procrustes", "rope_procrustes", "generalized_procrustes", "shared_keys", "shared_values",
     "head_similarity", "discarded_energy", "anneal_groups",
@@ -178,8 +180,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V); or whatever `readout(hidden_BTD, head_VD)` makes of the hidden states.
 
-        `document_BT` numbers the documents of packed rows: attention and positions then never
-        cross from one document into the next. None: each row is one document.
+        `document_BT` numbers the documents of packed rows, each a run of tokens: attention and
+        positions then never cross from one into the next. None: each row is one document.
         `readout` is for losses that must not hold all logits at once. It runs within the forward
         because FSDP gathers the head's weight only there.
         """
@@ -204,9 +206,9 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT, document_BT=None):
         x_BTD = self.embed_tokens(tokens_BT)
-        rope, mask = _rope_and_mask(self.config, x_BTD, document_BT)
+        rope, ends = _rope_and_ends(self.config, x_BTD, document_BT)
         for block in self.layers:
-            x_BTD = block(x_BTD, rope, mask)
+            x_BTD = block(x_BTD, rope, ends)
         return self.norm(x_BTD)
 
 
@@ -221,8 +223,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD, rope, mask=None):
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask)
+    def forward(self, x_BTD, rope, ends=None):
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, ends)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -239,16 +241,69 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
 
-    def forward(self, x_BTD, rope, mask=None):
+    def forward(self, x_BTD, rope, ends=None):
         def heads(y):  # (B, T, heads·E) -> (B, heads, T, E)
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q_BHTE = _apply_rope(heads(self.q_proj(x_BTD)), rope)
         k_BKTE = _apply_rope(heads(self.k_proj(x_BTD)), rope)
-        y_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BKTE, heads(self.v_proj(x_BTD)), mask, is_causal=mask is None, enable_gqa=True
-        )
+        y_BHTE = causal_attention(q_BHTE, k_BKTE, heads(self.v_proj(x_BTD)), ends)
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
+
+
+def causal_attention(
+    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, ends: Tensor | None = None
+) -> Tensor:
+    """softmax(q kᵀ / √E) v over each token and those before it in its document: (B, H, T, E).
+
+    Query head h reads KV head h // (H/K). `ends`, int32: where in the rows, laid end to end, one
+    document ends and the next begins, 0 and B·T included; None: each row is one document. Takes
+    `attention_kernel`; none of them stores the T × T scores, or looks at other documents.
+    """
+    kernel = attention_kernel(q_BHTE, packed=ends is not None)
+    if kernel == "efficient":  # it knows nothing of shared heads
+        k_BKTE, v_BKTE = (x.repeat_interleave(q_BHTE.shape[1] // x.shape[1], dim=1)
+                          for x in (k_BKTE, v_BKTE))
+    shared = q_BHTE.shape[1] != k_BKTE.shape[1]
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+
+    if ends is None:
+        return attend(q_BHTE, k_BKTE, v_BKTE)
+    # All rows end to end: N = B·T.
+    q_NHE, k_NKE, v_NKE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BKTE, v_BKTE))
+    if kernel == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = q_BHTE.shape[2]
+        y_NHE = cast(Tensor, varlen_attn(q_NHE, k_NKE, v_NKE, ends, ends, longest, longest,
+                                         window_size=(-1, 0), enable_gqa=shared))
+    else:
+        sizes = ends.diff().tolist()
+        documents = zip(*(x.split(sizes) for x in (q_NHE, k_NKE, v_NKE)), strict=True)
+        y_NHE = torch.cat([attend(*(x.transpose(0, 1)[None] for x in document))[0].transpose(0, 1)
+                           for document in documents])
+    return y_NHE.unflatten(0, (len(q_BHTE), -1)).transpose(1, 2)
+
+
+def attention_kernel(q: Tensor, packed: bool = False) -> str:
+    """The kernel that `causal_attention` takes for such queries, in `packed` rows or in whole ones.
+
+    "flash" of F.scaled_dot_product_attention; "efficient", its memory-efficient one, with keys and
+    values repeated for every query head: on CUDA for what is not 16 bits wide; "varlen", flash over
+    documents of several lengths: on CUDA, if this torch has it. Packed rows take the others, too, a
+    document at a time.
+    """
+    if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
+        return "efficient"
+    if q.is_cuda and packed:
+        with contextlib.suppress(ImportError):  # torch 2.12 has these arguments
+            from torch.nn.attention.varlen import varlen_attn
+
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+                return "varlen"
+    return "flash"
 
 
 class MLP(nn.Module):
@@ -305,20 +360,20 @@ def _inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
     return theta_P
 
 
-def _rope_and_mask(config: LlamaConfig, x_BTD: Tensor, document_BT: Tensor | None = None):
-    """((cos, sin) of shape (B or 1, 1, T, P), attention mask (B, 1, T, T) or None if just causal).
+def _rope_and_ends(config: LlamaConfig, x_BTD: Tensor, document_BT: Tensor | None = None):
+    """((cos, sin) of shape (B or 1, 1, T, P), the `ends` of `causal_attention`).
 
     subtle: computed from the config at every call. A buffer would hold garbage after meta device ->
     to_empty -> load, and angles rounded to bf16 would be wrong.
     """
     time_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
-    position_BT, mask = time_T[None], None
+    position_BT, ends = time_T[None], None
     if document_BT is not None:
-        same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-        position_BT = time_T - same_BTT.byte().argmax(-1)  # argmax: the document's first column
-        mask = (same_BTT & (time_T[:, None] >= time_T))[:, None]
+        begins_BT = F.pad(document_BT.diff() != 0, (1, 0), value=True)
+        position_BT = time_T - (time_T * begins_BT).cummax(-1).values
+        ends = F.pad(begins_BT.flatten().nonzero()[:, 0], (0, 1), value=begins_BT.numel()).int()
     angle = position_BT[:, None, :, None].float() * _inverse_frequencies(config, x_BTD.device)
-    return (angle.cos().to(x_BTD.dtype), angle.sin().to(x_BTD.dtype)), mask
+    return (angle.cos().to(x_BTD.dtype), angle.sin().to(x_BTD.dtype)), ends
 
 
 def _apply_rope(x_BHTE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -386,8 +441,12 @@ def block_statistics(
 def value_gram(v_NKE: Tensor) -> Tensor:
     """Gram blocks C_ij = Σ_n v_i[n]ᵀ v_j[n] of all pairs of heads: (K, K, E, E)."""
     n, k, e = v_NKE.shape
-    v = v_NKE.reshape(n, k * e)
-    return (v.T @ v).view(k, e, k, e).transpose(1, 2)
+    v, gram = v_NKE.reshape(n, k * e), v_NKE.new_zeros(k * e, k * e)
+    for rows in torch.arange(k * e).tensor_split(8):  # it is symmetric: half the work is enough
+        at, end = int(rows[0]), int(rows[-1]) + 1
+        gram[at:end, at:] = v[:, at:end].T @ v[:, at:]
+    gram = gram.triu() + gram.triu(1).T
+    return gram.view(k, e, k, e).transpose(1, 2)
 
 
 def key_gram(k_NKE: Tensor) -> Tensor:
@@ -396,8 +455,11 @@ def key_gram(k_NKE: Tensor) -> Tensor:
     z_p = k_p + i·k_(p + E/2). It is the same before and after RoPE, which multiplies the keys of
     all heads by the same phase.
     """
-    z_PKN = torch.complex(*k_NKE.chunk(2, dim=-1)).permute(2, 1, 0)
-    return z_PKN @ z_PKN.mH
+    n, k, _ = k_NKE.shape
+    # As products of real numbers, which are several times faster: real parts, then imaginary ones.
+    xy_PNK = k_NKE.unflatten(-1, (2, -1)).permute(3, 0, 2, 1).reshape(-1, n, 2 * k)
+    gram = (xy_PNK.mT @ xy_PNK).unflatten(-1, (2, k)).unflatten(1, (2, k))
+    return torch.complex(gram[:, 0, :, 0] + gram[:, 1, :, 1], gram[:, 1, :, 0] - gram[:, 0, :, 1])
 
 
 def _query_power(q_NHE: Tensor) -> Tensor:
@@ -508,7 +570,7 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
 
     Each update is the exact maximum over that head's map. Algorithm 1 of the paper rotates all
     heads onto one mean that contains them, which is monotone, too, but takes several times as many
-    rounds. Stops when every problem gains less than 1e-10 of its objective, or after 500 rounds.
+    rounds. Stops when every problem gains less than 1e-6 of its objective in a round, or after 500.
 
     >>> x_NE = torch.randn(50, 4, dtype=torch.float64)
     >>> x_MNE = torch.stack([x_NE, x_NE.flip(1), -x_NE])
@@ -527,7 +589,7 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
         for i in range(gram.shape[-4]):
             rotated, gain_i = _rotate_head(gram, rotated, i)
             gain += gain_i
-        if not (gain > 1e-10 * history[-1].abs()).any():
+        if not (gain > 1e-6 * history[-1].abs()).any():
             break
         # subtle: rounding can lower the objective of a problem that has converged: keep its maps.
         maps = torch.where((gain > 0)[..., None, None, None], rotated, maps)
@@ -1026,10 +1088,13 @@ def converted_blocks(
     """
     new_config = gqa_config(config, kv_heads)
     source_x, converted_x = x_BTD, x_BTD.clone() if method.refit else torch.empty(0)
+    # For the values of M heads side by side, of M·E numbers, so many tokens are as good as more.
+    n_tokens = max(4096, 32 * config.num_key_value_heads // kv_heads * config.head_dim)
+    n_rows = math.ceil(n_tokens / x_BTD.shape[1])
     for i in range(config.num_hidden_layers):
         source = read_block(weights, i, x_BTD.device)
         lap("read")
-        statistics = block_statistics(config, source, source_x, method.metric)
+        statistics = block_statistics(config, source, source_x[:n_rows], method.metric)
         if what := statistics.first_nonfinite():
             raise ValueError(f"block {i}: its {what} on this text are not finite")
         lap("calibrate")
@@ -1346,8 +1411,8 @@ def _forward(
 ) -> Tensor:
     """The hidden states after a block with these weights, in the dtype of x."""
     weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}
-    rope_and_mask = _rope_and_mask(block.config, x_BTD, document_BT)
-    return torch.func.functional_call(block, weights, (x_BTD, *rope_and_mask), strict=True)
+    rope_and_ends = _rope_and_ends(block.config, x_BTD, document_BT)
+    return torch.func.functional_call(block, weights, (x_BTD, *rope_and_ends), strict=True)
 
 
 def _run_block_(

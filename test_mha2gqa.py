@@ -241,6 +241,49 @@ def test_packed_documents_do_not_see_each_other():
             torch.testing.assert_close(packed[row, at], alone[0])
 
 
+class AttentionCalls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the kernel of each attention, and how many queries a head has in it."""
+
+    def __enter__(self):
+        self.calls = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.__name__.removeprefix("_scaled_dot_product_").partition(".")[0]
+        if name != function.__name__.partition(".")[0] and "backward" not in name:
+            self.calls.append((name.removesuffix("_for_cpu"), arguments[0].shape[2]))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_takes_the_kernel_that_it_names(name, dtype):
+    """Flash on a CPU; in packed rows a document at a time, so that none sees another."""
+    config = config_of(name)
+    model = m.Llama(config).to(dtype)
+    tokens = random_tokens(config, batch=2, time=40)
+    documents = torch.tensor([[7] * 10 + [8] * 30, [8] * 5 + [1] * 20 + [-1] * 15])
+    query = torch.empty(2, 8, 40, 6, dtype=dtype)
+    for document_BT, lengths in ((None, [40]), (documents, [10, 30, 5, 20, 15])):
+        with AttentionCalls() as mode:
+            model(tokens, document_BT).sum().backward()
+        kernel = m.attention_kernel(query, packed=document_BT is not None)
+        assert kernel == "flash"
+        assert mode.calls == [("flash_attention", n) for n in lengths] * config.num_hidden_layers
+
+
+def test_attention_on_cuda_never_stores_the_scores():
+    """What is chosen there, by fake tensors: only flash knows shared heads, and float32 not it."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        for dtype, packed, kernel in (
+                (torch.bfloat16, False, "flash"), (torch.float32, False, "efficient"),
+                (torch.float32, True, "efficient"), (torch.bfloat16, True, "flash varlen")):
+            query = torch.empty(2, 8, 40, 64, dtype=dtype, device="cuda")
+            assert m.attention_kernel(query, packed) in kernel.split()  # varlen if torch has it
+
+
 def test_hidden_states_are_what_the_head_reads():
     config = config_of()
     weights = random_weights(config)
@@ -298,7 +341,7 @@ def test_query_power_counts_all_that_read_a_unit():
 def test_keys_have_the_same_gram_before_and_after_rope():
     config = config_of()
     k_BKTE = torch.randn(1, 4, 50, 12, generator=torch.Generator().manual_seed(0)).double()
-    rope, _ = m._rope_and_mask(config, k_BKTE[:, 0])
+    rope, _ = m._rope_and_ends(config, k_BKTE[:, 0])
     turned = m._apply_rope(k_BKTE, rope)
     grams = [m.key_gram(k[0].transpose(0, 1)) for k in (k_BKTE, turned)]
     torch.testing.assert_close(*grams, rtol=1e-6, atol=1e-5)  # cos and sin are float32
@@ -834,7 +877,7 @@ def test_similarities_in_the_report_are_those_of_the_caches(trained, corpus, met
     method = m.Method(align="rotation", metric=metric)
     block = next(m.converted_blocks(config, weights, x.clone(), 2, method))
     source, aligned, layer = block.source, block.aligned, block.report
-    normed = m._rms_norm(x, source["input_layernorm.weight"].double(), 1e-5).flatten(0, 1)
+    normed = m._rms_norm(x[:64], source["input_layernorm.weight"].double(), 1e-5).flatten(0, 1)
     order = sum(layer["groups"], [])
     for name, part in (("key", "k_proj"), ("value", "v_proj")):
         for when, block, of in (("before", source, order), ("after", aligned, range(8))):
@@ -2681,8 +2724,9 @@ def test_fading_projections_mix_head_by_head():
     assert torch.allclose(layer(x), torch.cat(wanted, -1), atol=1e-6)
 
 
-def test_losses_in_chunks_are_the_losses_at_once(alone):
+def test_losses_in_chunks_are_the_losses_at_once(alone, monkeypatch):
     """3,000 predictions in three chunks; values and gradients, of tasks and of text."""
+    monkeypatch.setattr(train_gqa, "chunk_size", lambda head_VD: 1024)
     generator = torch.Generator().manual_seed(0)
     config = config_of(vocab_size=60, hidden_size=16, head_dim=8, num_attention_heads=2,
                        num_key_value_heads=2, max_position_embeddings=3000)
@@ -2705,6 +2749,29 @@ def test_losses_in_chunks_are_the_losses_at_once(alone):
     bits[0, -1] = 0
     found = train_gqa.cross_entropy().make_readout(batch)(hidden, head)
     assert torch.allclose(found, nats[bits[0, :-1] & 2 > 0].sum()[None], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.long  # 3.5 GB
+def test_losses_take_a_quarter_of_the_memory():
+    """4,096 predictions of 32,000 logits, forward and backward, in chunks and at once."""
+    code = """if True:
+        import resource, sys, torch, torch.nn.functional as F, train_gqa
+        shapes = (4096, 16), (32_000, 16), (4096, 16), (32_000, 16)
+        hidden, head, teacher, teacher_head = (torch.randn(*s).requires_grad_() for s in shapes)
+        def losses(hidden, head, teacher):
+            student, wanted = F.linear(hidden, head), F.linear(teacher, teacher_head.detach())
+            kl, bild = train_gqa.mha2gqa.kl_loss, train_gqa.mha2gqa.bild_loss
+            return torch.stack([kl(student, wanted).sum(), bild(student, wanted).sum()])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        of = (hidden, head, teacher.detach())
+        found = train_gqa.in_chunks(losses, *of) if sys.argv[1] == "chunks" else losses(*of)
+        found.sum().backward()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    chunks, whole = (int(subprocess.run(
+        [sys.executable, "-c", code, how], capture_output=True, text=True, check=True,
+        cwd=PROGRAM.parent).stdout) for how in ("chunks", "whole"))
+    assert chunks < whole / 4
 
 
 def test_micro_batches_add_up(alone, source):

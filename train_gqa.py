@@ -412,12 +412,18 @@ class Objective:
     make_readout: Callable[[TokenBatch], Readout]
 
 
+def chunk_size(head_VD: Tensor) -> int:
+    """How many predictions have 2²⁴ logits: 512 for a vocabulary of 32,000."""
+    return max(1, 2**24 // len(head_VD))
+
+
 def in_chunks(function: Callable, hidden_ND: Tensor, head_VD: Tensor, *others: Tensor) -> Tensor:
-    """Sum of `function` over chunks of 1,024 predictions, recomputed in the backward pass.
+    """Sum of `function` over chunks of 2²⁴ logits, recomputed in the backward pass.
 
     So the logits of a batch, float32 and V wide, never exist all at once.
     """
-    chunks = zip(hidden_ND.split(1024), *(x.split(1024) for x in others), strict=True)
+    size = chunk_size(head_VD)
+    chunks = zip(hidden_ND.split(size), *(x.split(size) for x in others), strict=True)
     sums = [checkpoint(function, hidden, head_VD, *rest, use_reentrant=False)
             for hidden, *rest in chunks]
     return sum(sums[1:], sums[0])
@@ -427,7 +433,7 @@ def cross_entropy() -> Objective:
     """Cross-entropy of the answers' tokens, in nats; of plain text, of all tokens."""
     def of_chunk(hidden_ND, head_VD, target_N):
         logits = mha2gqa.at_least_float32(F.linear(hidden_ND, head_VD))
-        return F.cross_entropy(logits, target_N, reduction="sum")[None]
+        return torch.stack([F.cross_entropy(logits, target_N, reduction="sum")])
 
     def make_readout(batch: TokenBatch) -> Readout:
         at = batch.loss_bits & ANSWER > 0
@@ -809,7 +815,8 @@ def exact_match(model: mha2gqa.Llama, data: TokenBatch, n_examples: int, name: s
         target = micro.tokens.roll(-1, dims=1)[at]
 
         def missed(hidden, head, at=at, target=target):
-            pairs = zip(hidden[at].split(1024), target.split(1024), strict=True)
+            size = chunk_size(head)
+            pairs = zip(hidden[at].split(size), target.split(size), strict=True)
             return torch.cat([F.linear(h, head).argmax(-1) != t for h, t in pairs])
 
         missed_N = model(micro.tokens, micro.document, missed).cpu().long()
