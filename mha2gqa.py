@@ -1088,13 +1088,10 @@ def converted_blocks(
     """
     new_config = gqa_config(config, kv_heads)
     source_x, converted_x = x_BTD, x_BTD.clone() if method.refit else torch.empty(0)
-    # For the values of M heads side by side, of M·E numbers, so many tokens are as good as more.
-    n_tokens = max(4096, 32 * config.num_key_value_heads // kv_heads * config.head_dim)
-    n_rows = math.ceil(n_tokens / x_BTD.shape[1])
     for i in range(config.num_hidden_layers):
         source = read_block(weights, i, x_BTD.device)
         lap("read")
-        statistics = block_statistics(config, source, source_x[:n_rows], method.metric)
+        statistics = block_statistics(config, source, source_x, method.metric)
         if what := statistics.first_nonfinite():
             raise ValueError(f"block {i}: its {what} on this text are not finite")
         lap("calibrate")
