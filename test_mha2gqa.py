@@ -2530,6 +2530,29 @@ def test_a_stopped_run_continues_bit_for_bit(trained, runs, tmp_path, number, pr
     assert_same_run(out, whole)
 
 
+@pytest.mark.slow
+def test_attention_alone_is_trained(trained, runs, tmp_path):
+    """On both ways the other weights stay the source's; and a run that was stopped continues."""
+    def gigabytes(done):
+        return float(re.search(r"([\d.]+) GB each for weights, gradients", done.stdout)[1])
+
+    _, source = m.load_checkpoint(trained / "mha")
+    for way in WAYS:
+        whole, out = tmp_path / f"{way} whole", tmp_path / way
+        more = ("--train", "attention")
+        done = train_run(train_arguments(trained, whole, way, *more))
+        stop_after(10, train_arguments(trained, out, way, *more), out, 1)
+        train_run(train_arguments(trained, out, way, *more))
+        assert_same_run(out, whole)
+        scores = json.loads((out / "report.json").read_text())["scores"]
+        assert scores["distilled"]["kl"] < 0.95 * scores["converted"]["kl"]
+        _, weights = m.load_checkpoint(out / "gqa")
+        for name, w in source.items():
+            same = weights[name].shape == w.shape and torch.equal(weights[name], w)
+            assert same == ("self_attn" not in name and "norm" not in name), name
+        assert gigabytes(done) < 0.8 * gigabytes(runs(way)[1])
+
+
 def leave_what_a_kill_leaves(out):
     """Of one in the middle of a checkpoint, of the result, of a line of metrics."""
     (out / "checkpoints/partial_11").mkdir()

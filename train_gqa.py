@@ -276,13 +276,20 @@ class FadingLinear(nn.Linear):
         return (z * w_KED + (1 - z) * new_KED).reshape(w.shape)
 
 
-def meta_model(config: mha2gqa.LlamaConfig, fading_to: int | None = None) -> mha2gqa.Llama:
-    """Llama on the meta device; with `fading_to` KV heads, its key and value heads can fade."""
+def meta_model(
+    config: mha2gqa.LlamaConfig, fading_to: int | None = None, trained: str = "all"
+) -> mha2gqa.Llama:
+    """Llama on the meta device; with `fading_to` KV heads, its key and value heads can fade.
+
+    `trained` "attention" leaves gradients to attention and the norms alone, a third of a model.
+    """
     with torch.device("meta"):
         model = mha2gqa.Llama(config)
         for attention in attentions(model) if fading_to else ():
             attention.k_proj = FadingLinear(config, fading_to or 0)
             attention.v_proj = FadingLinear(config, fading_to or 0)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained == "all" or "self_attn" in name or "norm" in name)
     return model
 
 
@@ -563,8 +570,9 @@ def train(
     """
     device = next(model.parameters()).device
     # Fused on CUDA: otherwise a step makes a copy of all parameters.
-    optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.95),
-                                  weight_decay=0, fused=device.type == "cuda")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, schedule.lr, betas=(0.9, 0.95), weight_decay=0,
+                                  fused=device.type == "cuda")
     first = load_newest(folder, model, optimizer, masks)
     if first == 0:
         begin()
@@ -889,6 +897,7 @@ class Arguments:
     calibration_tokens: int = 262_144
     save_every: int = 500
     checkpoint_activations: bool = False
+    train: str = "all"
 
     def __post_init__(self):
         # Masks mix keys and values, but linear alignment and a refit change other weights, too.
@@ -1090,21 +1099,23 @@ def read_input(
 
     Raises ValueError for what is wrong with the input.
     """
-    config, new_config = source.config, mha2gqa.gqa_config(source.config, args.kv_heads)
+    config = source.config
+    mha2gqa.gqa_config(config, args.kv_heads)
     if args.teacher:
         open_teacher(args, config)
     data = load_data(args, source)
     mha2gqa.check_calibration_rows(data.train.tokens, args.method)
     schedule = make_schedule(args, "distill", config, data.train)
-    student, teacher = (sum(p.numel() for p in model.parameters()) for model in (
-        meta_model(new_config) if args.no_masks else meta_model(config, args.kv_heads),
-        meta_model(config)))
+    parameters = list(student_model(args, config).parameters())
+    student, trained = (sum(p.numel() for p in parameters if p.requires_grad or whole)
+                        for whole in (True, False))
+    teacher = sum(p.numel() for p in meta_model(config).parameters())
     if not (args.out / "report.json").exists():
         # Two checkpoints and one being written, of weights and moments; teacher and result.
         kept = 3 * 12 if 0 < args.save_every < schedule.steps else 0
         check_disk(args.out, (kept + 8) * student)
     n = dist.get_world_size()
-    memory = (16 * student + compute_dtype(device).itemsize * teacher) / n
+    memory = (4 * student + 12 * trained + compute_dtype(device).itemsize * teacher) / n
     print_rank_0(
         f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {args.kv_heads} KV "
         f"heads; {schedule.steps} steps of {schedule.batch_size} rows of "
@@ -1113,6 +1124,13 @@ def read_input(
         + f"; {n} x {device.type}, {mha2gqa.gigabytes(memory)} each for weights, gradients and "
         "Adam")
     return data, schedule
+
+
+def student_model(args: Arguments, config: mha2gqa.LlamaConfig) -> mha2gqa.Llama:
+    """The student on the meta device; on the paper's way its new heads are beside the old ones."""
+    if args.no_masks:
+        return meta_model(mha2gqa.gqa_config(config, args.kv_heads), trained=args.train)
+    return meta_model(config, args.kv_heads, args.train)
 
 
 def check_disk(out: Path, needed: int) -> None:
@@ -1148,7 +1166,8 @@ def fine_tuned_teacher(
     """OUT/teacher, the source after SFT on the answers; trained if it is not there yet."""
     folder, sft = args.out / "teacher", args.out / "sft"
     if not broadcast_from_rank_0(folder.exists()):
-        model = shard(meta_model(source.config), device, recompute=args.checkpoint_activations)
+        model = shard(meta_model(source.config, trained=args.train), device,
+                      recompute=args.checkpoint_activations)
         schedule = make_schedule(args, "fine-tune", source.config, data)
         train(model, data, cross_entropy(), schedule, sft, lambda: load_checkpoint(model, source))
         save_model(folder, model, source.config, source)
@@ -1206,8 +1225,7 @@ def run_stages(
                  lambda: frozen_model(new_config, pooled, non_block, device))
     result, checkpoints_folder = args.out / "gqa", args.out / "checkpoints"
     if not broadcast_from_rank_0(result.exists()):
-        student = meta_model(new_config) if args.no_masks else meta_model(config, args.kv_heads)
-        shard(student, device, recompute=args.checkpoint_activations)
+        student = shard(student_model(args, config), device, recompute=args.checkpoint_activations)
         masks = None if args.no_masks else Masks(
             student, schedule.steps, schedule.mask_lr, schedule.seed)
 
@@ -1514,6 +1532,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
         help="tokens that the conversion reads (default: %(default)s)")
     add("--save-every", type=int, metavar="N", help="steps from one "
         "checkpoint to the next (default: %(default)s; 0: none but on SIGTERM)")
+    add("--train", choices=("all", "attention"), help="all weights (default), or attention and the "
+        "norms alone, which takes less than half of the memory")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
     defaults = {f.name: f.default for f in dataclasses.fields(Arguments)
                 if f.default is not dataclasses.MISSING and f.name != "method"}
