@@ -84,9 +84,9 @@ __all__ = [
     "Method", "ConvertedBlock", "converted_blocks", "refit_block", "lr_factor", "gqa_config",
     "joint_refit", "resampled_rows", "calibration_rows", "embed", "read_block",
     "Corpus", "convert", "evaluate",
-    "load_checkpoint", "model_files", "save_checkpoint", "new_checkpoint", "CheckpointWriter",
-    "block_prefix", "block_weights", "non_block_weights", "read_json", "write_json", "writing",
-    "rename_when_on_disk", "refuse_pointer",
+    "load_config", "load_checkpoint", "model_files", "save_checkpoint", "new_checkpoint",
+    "CheckpointWriter", "block_prefix", "block_weights", "non_block_weights", "read_json",
+    "write_json", "writing", "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
     "kv_cache_bytes", "gigabytes", "Meter", "progress", "ArgumentParser",
     "add_method_arguments", "method_of_arguments", "install_signal_handlers",
@@ -1328,7 +1328,8 @@ def _fit(
     rates = _rates(weights, rate)
     # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
-                            betas=(0.9, 0.95), eps=1e-15)
+                            betas=(0.9, 0.95), eps=1e-15,
+                            fused=next(iter(new.values())).is_cuda)
     for step, batch in enumerate(progress(batches, bar, len(batches)) if bar else batches):
         with torch.enable_grad(), _fast_products(new):
             error = loss(new, batch)
@@ -1693,11 +1694,7 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """
     folder = Path(path)
     files = _weight_files(folder)
-    raw = read_json(folder / "config.json")
-    try:
-        config = _parse_config(raw)
-    except (ValueError, TypeError, AttributeError) as error:  # the last two: of values' types
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    config = load_config(folder)
     weights: dict[str, Tensor] = {}
     for file in files:
         found = _read_tensors(file)
@@ -1712,6 +1709,16 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return config, weights
+
+
+def load_config(path: PathLike) -> LlamaConfig:
+    """The config of a model directory; raises ValueError that names what is not supported."""
+    file = Path(path) / "config.json"
+    raw = read_json(file)
+    try:
+        return _parse_config(raw)
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: of values' types
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:

@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -3004,6 +3005,44 @@ def test_linear_alignment_and_refits_go_without_masks():
         args = train_gqa.Arguments(model="", kv_heads=1, out=Path(),
                                    method=m.Method(align=align, refit=refit))
         assert args.no_masks != masks
+
+
+@pytest.mark.parametrize("more", [(), ("--align", "rotation"), ("--train", "attention")])
+def test_a_benchmark_needs_a_config_alone_and_writes_nothing(
+        tmp_path, train_command, monkeypatch, more):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "temporary").mkdir()
+    m.write_json(tmp_path / "config.json", {**BASE, "vocab_size": 384})
+    status, out, err = train_command("--benchmark", 2, "--model", tmp_path, "--kv-heads", 2,
+                                     "--batch-tokens", 128, "--seq-len", 32, *more)
+    left = {p.name for p in tmp_path.rglob("*") if "torch" not in p.name}  # that has a cache there
+    assert (status, err, left) == (0, "", {"temporary", "config.json"})
+    assert re.fullmatch(
+        r"2 steps of 4 rows of 32 tokens, 1 x cpu: [\d,]+ tokens/s, \d+\.\d% of the [\d.]+ TFLOP/s "
+        r"of a large matrix product here\nseconds a step: masks and batch \S+, teacher \S+, "
+        r"forward \S+, backward \S+, optimizer \S+\npeak memory: [\d.]+ GB a process\n", out), out
+
+
+@pytest.mark.parametrize("more", [(), ("--train", "attention"), ("--align", "rotation")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_flop_of_a_step_are_those_that_are_counted(trained, tmp_path, more, tied):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = train_gqa.parse_arguments(train_arguments(trained, tmp_path, "default", *more))
+    config = config_of(tie_word_embeddings=tied)
+    kept = config if not args.no_masks else m.gqa_config(config, 2)
+    teacher = m.Llama(config)
+    student = train_gqa.meta_model(kept, trained=args.train).to_empty(device="cpu")
+    tokens = random_tokens(config, batch=2, time=40)
+    with FlopCounterMode(display=False) as mode:
+        with torch.no_grad():
+            teacher(tokens)
+        student(tokens).sum().backward()
+    counted = mode.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert counted == 80 * train_gqa.flop_per_token(args, config, 0)
+    attention, of_none = (train_gqa.flop_per_token(args, config, n) for n in (10, 0))
+    assert attention - of_none == 4 * 2 * 10 * config.num_hidden_layers * 4 * config.head_dim
 
 
 # ---- faults --------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -560,13 +561,15 @@ class Schedule:
 
 def train(
     model: mha2gqa.Llama, data: TokenBatch, objective: Objective, schedule: Schedule, folder: Path,
-    begin: Callable[[], None], masks: Masks | None = None
+    begin: Callable[[], None], masks: Masks | None = None,
+    lap: Callable[[str], None] = lambda stage: None
 ) -> None:
     """AdamW on the batches of the schedule, continued from the newest checkpoint in `folder` that
     can be read; if there is none, `begin` gives the model its weights.
 
     The loss is the sum of the objective's parts, each divided by the number of predictions in the
-    global batch that carry its bit. Raises FloatingPointError at a loss that is not finite.
+    global batch that carry its bit. `lap(stage)` is called as each part of a step ends, to time it.
+    Raises FloatingPointError at a loss that is not finite.
     """
     device = next(model.parameters()).device
     # Fused on CUDA: otherwise a step makes a copy of all parameters.
@@ -585,7 +588,8 @@ def train(
             if masks:
                 record |= masks.draw(step, device)
             batch = batch_of_step(data, step, schedule.batch_size, schedule.seed)
-            losses = backward(model, batch, objective)
+            lap("masks and batch")
+            losses = backward(model, batch, objective, lap)
             norm = gathered(nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
             if not math.isfinite(losses.sum().item() + norm):
                 if is_rank_0():  # that checkpoint's weights gave this loss
@@ -599,6 +603,7 @@ def train(
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
+            lap("optimizer")
             if masks:
                 masks.step()
             parts = dict(zip(objective.parts, losses.tolist(), strict=True))
@@ -613,14 +618,21 @@ def train(
                 raise KeyboardInterrupt
 
 
-def backward(model: mha2gqa.Llama, batch: TokenBatch, objective: Objective) -> Tensor:
+def backward(
+    model: mha2gqa.Llama, batch: TokenBatch, objective: Objective,
+    lap: Callable[[str], None] = lambda stage: None
+) -> Tensor:
     """Leave the gradients of a global batch in the model; returns its losses (parts,)."""
     device = next(model.parameters()).device
     counts = [max(1, int((batch.loss_bits & bit > 0).sum())) for bit in objective.parts.values()]
     count, total = torch.tensor(counts, device=device), torch.zeros(len(counts), device=device)
     for micro in micro_batches(batch, device):
-        losses = model(micro.tokens, micro.document, objective.make_readout(micro)) / count
+        readout = objective.make_readout(micro)
+        lap("teacher")
+        losses = model(micro.tokens, micro.document, readout) / count
+        lap("forward")
         (losses.sum() * dist.get_world_size()).backward()  # FSDP averages over ranks
+        lap("backward")
         total += losses.detach()
     total = total.cpu()
     dist.all_reduce(total)
@@ -898,6 +910,7 @@ class Arguments:
     save_every: int = 500
     checkpoint_activations: bool = False
     train: str = "all"
+    benchmark: int | None = None
 
     def __post_init__(self):
         # Masks mix keys and values, but linear alignment and a refit change other weights, too.
@@ -923,7 +936,7 @@ class Arguments:
     def to_json(self) -> dict[str, Any]:
         """All that must not change from one session of a run to the next."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for free in ("method", "out", "save_every", "checkpoint_activations"):
+        for free in ("method", "out", "save_every", "checkpoint_activations", "benchmark"):
             del fields[free]
         method = dataclasses.asdict(self.method)
         del method["joint"]
@@ -1262,6 +1275,84 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*rows, f"seconds: {seconds}"])
 
 
+def filled_at_random(model: mha2gqa.Llama) -> mha2gqa.Llama:
+    """A sharded model with random weights, to time it."""
+    with torch.no_grad():
+        for p in model.parameters():
+            cast(DTensor, p).to_local().normal_(0, 0.02)
+    return model
+
+
+def flop_per_token(args: Arguments, config: mha2gqa.LlamaConfig, seq_len: int) -> float:
+    """Floating point operations that a step of distillation needs for each of its tokens.
+
+    2 for each weight of a matrix and each of: the teacher's forward, the student's, its gradient of
+    what enters, and if it is trained its gradient of the weight. And 2·H·E·T in each block for
+    causal attention, once in the teacher and three times in the student. What is computed again
+    does not count (Chowdhery et al. 2022, model FLOP utilisation).
+    """
+    def matrices(model: mha2gqa.Llama) -> list[nn.Parameter]:
+        return [p for name, p in model.named_parameters() if p.ndim == 2 and (
+            "embed_tokens" not in name or config.tie_word_embeddings)]
+
+    kept = config if not args.no_masks else mha2gqa.gqa_config(config, args.kv_heads)
+    teacher, student = matrices(meta_model(config)), matrices(meta_model(kept, trained=args.train))
+    trained = [p for p in student if p.requires_grad]
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    return 2 * (sum(p.numel() for p in [*teacher, *student, *student, *trained]) + 4 * attention)
+
+
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s of a large matrix product in the dtype of a forward, the best of five."""
+    n, seconds = 8192 if device.type == "cuda" else 1536, []
+    a = torch.randn(n, n, device=device, dtype=compute_dtype(device))
+    for _ in range(5):
+        meter = mha2gqa.Meter(device)
+        a @ a
+        meter.lap("product")
+        seconds.append(meter.seconds["product"])
+    return 2 * n**3 / min(seconds)
+
+
+def benchmark(args: Arguments, device: torch.device) -> None:
+    """Time `args.benchmark` steps of a student and a teacher of MODEL's shape, and print it.
+
+    Weights and tokens are random; of MODEL only config.json is read. What runs is `train`, in a
+    temporary folder.
+    """
+    config, steps = mha2gqa.load_config(args.model), cast(int, args.benchmark)
+    student = filled_at_random(shard(student_model(args, config), device,
+                                     recompute=args.checkpoint_activations))
+    teacher = filled_at_random(shard(meta_model(config).requires_grad_(False), device,
+                                     compute_dtype(device)))
+    seq_len = mha2gqa.row_length(config, args.seq_len)
+    n_rows = max(1, args.batch_tokens // seq_len)
+    data = text_batch(torch.randint(config.vocab_size, (n_rows, seq_len),
+                                    generator=torch.Generator().manual_seed(args.method.seed)))
+    folder = Path(broadcast_from_rank_0(on_rank_0(tempfile.mkdtemp)))
+    try:
+        for n in (2, steps):  # the first steps are slower
+            schedule = dataclasses.replace(make_schedule(
+                dataclasses.replace(args, steps=n), "distill", config, data), save_every=0)
+            masks = None if args.no_masks else Masks(student, n, schedule.mask_lr, schedule.seed)
+            objective, meter = distillation(teacher), mha2gqa.Meter(device)
+            train(student, data, objective, schedule, folder / "checkpoints", lambda: None, masks,
+                  meter.lap)
+    finally:
+        on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
+    peaks: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, max(meter.peak_memory.values()))
+    seconds = {stage: s / steps for stage, s in meter.seconds.items()}
+    speed, rate = data.tokens.numel() / sum(seconds.values()), matrix_rate(device)
+    mfu = speed * flop_per_token(args, config, seq_len) / (rate * dist.get_world_size())
+    print_rank_0(
+        f"{steps} steps of {n_rows} rows of {seq_len} tokens, {dist.get_world_size()} x "
+        f"{device.type}: {speed:,.0f} tokens/s, {mfu:.1%} of the {rate / 1e12:.3g} TFLOP/s of a "
+        "large matrix product here\nseconds a step: "
+        + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items())
+        + f"\npeak memory: {mha2gqa.gigabytes(max(peaks))} a process")
+
+
 # ---- 9 tasks -------------------------------------------------------------------------------------
 
 
@@ -1534,6 +1625,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
         "checkpoint to the next (default: %(default)s; 0: none but on SIGTERM)")
     add("--train", choices=("all", "attention"), help="all weights (default), or attention and the "
         "norms alone, which takes less than half of the memory")
+    add("--benchmark", nargs="?", type=int, const=10, metavar="STEPS", help="time so many steps "
+        "(10) of a model of --model's shape, with random weights and tokens; writes nothing")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
     defaults = {f.name: f.default for f in dataclasses.fields(Arguments)
                 if f.default is not dataclasses.MISSING and f.name != "method"}
@@ -1541,7 +1634,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     if not (sys.argv[1:] if argv is None else argv):
         return None
     a = parser.parse_args(argv)
-    if not (a.model and a.out and a.kv_heads is not None and (a.text or a.tasks)):
+    run_has_all = a.out and (a.text or a.tasks) or a.benchmark
+    if not (a.model and a.kv_heads is not None and run_has_all):
         parser.error("a run needs --model, --kv-heads, --out, and --text or --tasks")
     for name, value in vars(a).items():
         least = 0 if name in ("sft_epochs", "save_every", "seed") else 1e-12
@@ -1554,7 +1648,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     except ValueError as error:
         parser.error(str(error))
     given = {name: value for name, value in vars(a).items() if name not in vars(method)}
-    return Arguments(**given | {"out": Path(a.out), "method": method})
+    return Arguments(**given | {"out": Path(a.out or "."), "method": method})
 
 
 DEMO_ARGUMENTS = Arguments(
@@ -1564,6 +1658,8 @@ DEMO_ARGUMENTS = Arguments(
 
 def run(args: Arguments, device: torch.device) -> None:
     """The run that the arguments ask for, or just the table of one that is finished."""
+    if args.benchmark:
+        return benchmark(args, device)
     report = Report(args, device)
     if args is DEMO_ARGUMENTS and not broadcast_from_rank_0((args.out / "source").exists()):
         report.write()
@@ -1578,7 +1674,7 @@ def run(args: Arguments, device: torch.device) -> None:
         data, schedule = share(data, args.out / "data.pt"), broadcast_from_rank_0(schedule)
         run_stages(args, source, data, schedule, report, device)
     on_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
-    print_rank_0(f"\n{table(report.content)}; the model is in {args.out}/gqa")
+    return print_rank_0(f"\n{table(report.content)}; the model is in {args.out}/gqa")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
