@@ -83,12 +83,12 @@ __all__ = [
     "hard_concrete", "open_probability", "l0_loss", "kl_loss", "bild_loss",
     "Method", "ConvertedBlock", "converted_blocks", "refit_block", "lr_factor", "gqa_config",
     "joint_refit", "resampled_rows", "calibration_rows", "embed", "read_block",
-    "Corpus", "convert", "evaluate",
+    "Corpus", "convert", "evaluate", "benchmark",
     "load_config", "load_checkpoint", "model_files", "save_checkpoint", "new_checkpoint",
     "CheckpointWriter", "block_prefix", "block_weights", "non_block_weights", "read_json",
     "write_json", "writing", "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
-    "kv_cache_bytes", "gigabytes", "Meter", "progress", "ArgumentParser",
+    "kv_cache_bytes", "gigabytes", "Meter", "matrix_rate", "progress", "ArgumentParser",
     "add_method_arguments", "method_of_arguments", "install_signal_handlers",
 ]
 
@@ -455,9 +455,9 @@ def key_gram(k_NKE: Tensor) -> Tensor:
     z_p = k_p + i·k_(p + E/2). It is the same before and after RoPE, which multiplies the keys of
     all heads by the same phase.
     """
-    n, k, _ = k_NKE.shape
+    k = k_NKE.shape[1]
     # As products of real numbers, which are several times faster: real parts, then imaginary ones.
-    xy_PNK = k_NKE.unflatten(-1, (2, -1)).permute(3, 0, 2, 1).reshape(-1, n, 2 * k)
+    xy_PNK = k_NKE.unflatten(-1, (2, -1)).permute(3, 0, 2, 1).flatten(2)
     gram = (xy_PNK.mT @ xy_PNK).unflatten(-1, (2, k)).unflatten(1, (2, k))
     return torch.complex(gram[:, 0, :, 0] + gram[:, 1, :, 1], gram[:, 1, :, 0] - gram[:, 0, :, 1])
 
@@ -1479,7 +1479,9 @@ def convert(
         return report
     with new_checkpoint(out_dir, new_config, size, tokenizer_from=model_dir) as writer:
         like = torch.empty(0, device=place, dtype=dtype)
-        report |= _convert_and_measure(writer, config, weights, rows, held_out, method, like)
+        report |= _convert_and_measure(
+            writer.write_shard, config, new_config, weights, rows, held_out, method, like,
+            Meter(place))
         write_json(writer.folder / "mha2gqa.json", report)
     return report
 
@@ -1509,16 +1511,17 @@ def _with_resampled_rows(
 
 
 def _convert_and_measure(
-    writer: "CheckpointWriter", config: LlamaConfig, weights: Weights, tokens_BT: Tensor,
-    held_out_BT: Tensor, method: Method, like: Tensor
+    write: Callable[[Weights], None], config: LlamaConfig, new_config: LlamaConfig,
+    weights: Weights, tokens_BT: Tensor, held_out_BT: Tensor, method: Method, like: Tensor,
+    meter: "Meter"
 ) -> dict[str, Any]:
-    """Convert all blocks and write them; returns what was measured on the way.
+    """Convert all blocks and write them, shard by shard; returns what was measured on the way.
 
     tokens: the calibration rows. like: on the device and of the dtype to compute with. In the
     report are losses, KL, seconds, memory, and what each block and the joint refit say of
     themselves.
     """
-    meter, kv_heads = Meter(like.device), writer.config.num_key_value_heads
+    kv_heads = new_config.num_key_value_heads
     non_block = non_block_weights(weights)
     _check_finite(non_block)
     rows_BT = _with_resampled_rows(config, weights, tokens_BT, method, like.device)
@@ -1533,8 +1536,9 @@ def _convert_and_measure(
         blocks, found["joint_kl"] = joint_refit(
             config, weights, blocks, rows_BT, x_BTD, kv_heads, method.seed)
         meter.lap("joint refit")
-    scores, reports = _write_and_score(writer, config, weights, blocks, held_out_BT, like, meter)
-    writer.write_shard(non_block)
+    scores, reports = _write_and_score(
+        write, config, new_config, weights, blocks, held_out_BT, like, meter)
+    write(non_block)
     meter.lap("write")
     means = {name: _mean([report[name] for report in reports])
              for name in reports[0] if name != "groups"}
@@ -1544,15 +1548,16 @@ def _convert_and_measure(
 
 
 def _write_and_score(
-    writer: "CheckpointWriter", config: LlamaConfig, weights: Weights,
-    blocks: Iterable[ConvertedBlock], held_out_BT: Tensor, like: Tensor, meter: "Meter"
+    write: Callable[[Weights], None], config: LlamaConfig, new_config: LlamaConfig,
+    weights: Weights, blocks: Iterable[ConvertedBlock], held_out_BT: Tensor, like: Tensor,
+    meter: "Meter"
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write the blocks, and run the held-out tokens through three models at once.
 
     Returns loss and KL of the source, of its mean-pooled and of its converted model; and each
     block's report with "hidden_state_error", that of the written model on the held-out rows.
     """
-    new_config, reports = writer.config, []
+    reports = []
     source_x = embed(weights, held_out_BT, like.device, like.dtype)
     pooled_x, converted_x = source_x.clone(), source_x.clone()
     for i, block in enumerate(blocks):
@@ -1565,7 +1570,7 @@ def _write_and_score(
         rows = zip(converted_x, source_x, strict=True)
         error = sum(_hidden_state_error(*row).item() for row in rows) / len(source_x)
         meter.lap("evaluate")
-        writer.write_shard({block_prefix(i) + n: w for n, w in block.converted.items()})
+        write({block_prefix(i) + n: w for n, w in block.converted.items()})
         meter.lap("write")
         reports.append({**block.report, "hidden_state_error": error})
     streams = {"source": source_x, "mean_pooled": pooled_x, "converted": converted_x}
@@ -2637,6 +2642,68 @@ class Meter:
         self.last = now
 
 
+class _FlopMeter(Meter):
+    """Counts the FLOP of each stage's matrix products, too, within `with meter.counter`."""
+
+    def __init__(self, device: torch.device):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        super().__init__(device)
+        self.counter, self.flop = FlopCounterMode(display=False), dict[str, int]()
+
+    def lap(self, stage: str) -> None:
+        made = self.counter.get_total_flops() - sum(self.flop.values())
+        self.flop[stage] = self.flop.get(stage, 0) + made
+        super().lap(stage)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of five."""
+    n, seconds = 8192 if device.type == "cuda" else 1536, []
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(5):
+        meter = Meter(device)
+        a @ a
+        meter.lap("product")
+        seconds.append(meter.seconds["product"])
+    return 2 * n**3 / min(seconds)
+
+
+def benchmark(
+    model_dir: PathLike, kv_heads: int, tokens: int = Corpus.tokens, seq_len: int | None = None,
+    method: Method = Method(), device: str = "auto"
+) -> dict[str, Any]:
+    """Time the conversion of a model of this shape: random weights and tokens, nothing written.
+
+    Of the directory only config.json is read. Returns "seconds" by stage and "floor_seconds", what
+    each stage's matrix products would take at "flop_per_second", this machine's `matrix_rate` in
+    the dtype of most of them; "peak_memory_bytes". Raises ValueError for bad input.
+    """
+    config, place = load_config(model_dir), _pick_device(device)
+    new_config, length = gqa_config(config, kv_heads), row_length(config, seq_len)
+    if tokens < 2 * length:
+        raise ValueError(f"{tokens} tokens: expected at least two rows of {length}")
+    generator = torch.Generator().manual_seed(method.seed)
+    rows = torch.randint(config.vocab_size, (tokens // length, length), generator=generator)
+    held_out, rows = rows.tensor_split([max(1, min(len(rows) // 10, 65_536 // length))])
+    rows = calibration_rows(rows)
+    check_calibration_rows(rows, method)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
+    first = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+             for name, shape in shapes.items() if not re.match(r"model\.layers\.[1-9]", name)}
+    weights = {name: first[re.sub(r"^model\.layers\.\d+", "model.layers.0", name)]  # all the same
+               for name in shapes}
+    meter, like = _FlopMeter(place), torch.empty(0, device=place)
+    with meter.counter:
+        _convert_and_measure(lambda shard: None, config, new_config, weights, rows, held_out,
+                             method, like, meter)
+    rate = max(matrix_rate(place, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return {"seconds": meter.seconds, "flop_per_second": rate,
+            "floor_seconds": {stage: n / rate for stage, n in meter.flop.items()},
+            "peak_memory_bytes": meter.peak_memory}
+
+
 def _mean(found: Sequence):
     """The mean of numbers, or of dicts of them, key by key."""
     if isinstance(found[0], dict):
@@ -2708,7 +2775,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="mha2gqa.py",
         usage="mha2gqa.py MODEL OUT --kv-heads G --text FILE ... [options]\n"
-        "       mha2gqa.py --evaluate MODEL --text FILE ... [options]",
+        "       mha2gqa.py --evaluate MODEL --text FILE ... [options]\n"
+        "       mha2gqa.py --benchmark MODEL --kv-heads G [options]",
         description="Convert a LLaMA checkpoint to grouped-query attention, block by block.",
     )
     add = parser.add_argument
@@ -2730,12 +2798,18 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dry-run", action="store_true", help="check the input, say what would be done, and end")
     add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
+    add("--benchmark", action="store_true", help="time the conversion of a model of MODEL's shape, "
+        "with random weights and tokens; writes nothing")
     arguments = parser.parse_args(argv)
     for files in (arguments.text, arguments.eval_text):
         if arguments.model is None:  # `--text FILE MODEL OUT`: the option has taken them all
             first = next((i for i, name in enumerate(files) if Path(name).is_dir()), len(files))
             arguments.model, arguments.out = [*files[first:], None, None][:2]
             del files[first : first + 2]
+    if arguments.benchmark:
+        if arguments.model is None or arguments.kv_heads is None or arguments.out:
+            parser.error("--benchmark takes MODEL and --kv-heads G, and writes nothing")
+        return arguments
     if arguments.evaluate and (arguments.out or arguments.kv_heads or arguments.dry_run):
         parser.error("--evaluate takes MODEL and text, and writes nothing")
     if arguments.evaluate and arguments.model is None:
@@ -2774,12 +2848,25 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
     print(f"seconds\n  {stages}\npeak memory\n  {', '.join(memory)}\nwritten to {out}")
 
 
+def _print_benchmark(found: Mapping[str, Any]) -> None:
+    """What a person wants to know of a benchmark."""
+    print(f"{'':<14}{'seconds':>10}{'floor':>10}   the floor: its matrix products at "
+          f"{found['flop_per_second'] / 1e12:.3g} TFLOP/s")
+    for stage, seconds in found["seconds"].items():
+        print(f"{stage:<14}{seconds:10.2f}{found['floor_seconds'][stage]:10.2f}")
+    memory = (f"{n} {gigabytes(b)}" for n, b in found["peak_memory_bytes"].items() if b)
+    print(f"peak memory: {', '.join(memory)}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, with one line on stderr."""
     a = _parse_arguments(argv)
     try:
         method, corpus = method_of_arguments(a), Corpus(a.text, a.eval_text, a.tokens, a.seq_len)
-        if a.evaluate:
+        if a.benchmark:
+            _print_benchmark(benchmark(
+                a.model, a.kv_heads, a.tokens, a.seq_len, method, a.device))
+        elif a.evaluate:
             found = evaluate(a.model, corpus, method.seed, a.device)
             print(f"held-out loss {found['loss_nats_per_token']:.4f} nats/token, "
                   f"{found['held_out_tokens']:,} tokens")

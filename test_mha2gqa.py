@@ -2255,6 +2255,37 @@ def test_converted_weights_that_overflow(trained, tmp_path, capfd):
             "--tokens", 1000, "--no-refit")
 
 
+def test_the_benchmark_of_a_conversion(tmp_path, capfd, monkeypatch):
+    """From config.json alone; the floor of a stage is its matrix products', counted by hand."""
+    m.write_json(tmp_path / "config.json", BASE)
+    monkeypatch.setattr(m, "matrix_rate", lambda *_: 1e9)
+    before = sorted(tmp_path.rglob("*"))
+    found = m.benchmark(tmp_path, 2, 1000, 20)
+    assert found["flop_per_second"] == 1e9 and found["peak_memory_bytes"]["host"] > 0
+    stages = ["resample", "read", "calibrate", "align", "merge", "refit", "joint refit",
+              "evaluate", "write"]
+    assert list(found["seconds"]) == list(found["floor_seconds"]) == stages
+    assert found["floor_seconds"]["write"] == 0 < found["floor_seconds"]["refit"]
+    config = m.load_config(tmp_path)
+
+    def matrices(config):
+        weights = random_weights(config).items()
+        return sum(w.numel() for name, w in weights if w.ndim == 2 and "layers" in name)
+
+    blocks = matrices(config) + 2 * matrices(m.gqa_config(config, 2))
+    head = 3 * config.hidden_size * config.vocab_size  # 5 rows of 20 tokens, 19 predictions of each
+    assert found["floor_seconds"]["evaluate"] == pytest.approx(
+        2 * (100 * blocks + 95 * head) / 1e9)
+    status, out, err = command(
+        capfd, "--benchmark", tmp_path, "--kv-heads", 2, "--tokens", 1024, "--no-refit")
+    assert (status, err) == (0, "") and sorted(tmp_path.rglob("*")) == before
+    assert re.search(r"^ +seconds +floor   the floor: .* at 0.001 TFLOP/s$", out, re.M)
+    assert re.search(r"^calibrate +\d+\.\d\d +\d+\.\d\d$", out, re.M)
+    assert re.search(r"^peak memory: host [\d.]+ GB$", out, re.M)
+    refused(capfd, tmp_path, "1000 tokens: expected at least two rows of 512", "--benchmark",
+            tmp_path, "--kv-heads", 2, "--tokens", 1000)
+
+
 def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
@@ -2294,6 +2325,8 @@ def test_a_full_disk_at_the_small_files(trained, tmp_path, capfd, monkeypatch, m
     (["x", "y", "--kv-heads", "4"], "no --text FILE"),
     (["x", "y", "--kv-heads", "four"], "argument --kv-heads: invalid int value: 'four'"),
     (["--evaluate", "x"], "no --text FILE"),
+    (["--benchmark", "x"], "--benchmark takes MODEL and --kv-heads G"),
+    (["--benchmark", "x", "y", "--kv-heads", "4"], "--benchmark takes MODEL and --kv-heads G"),
     (["--evaluate", "x", "y", "--text", "z"], "--evaluate takes MODEL and text")])
 def test_usage_errors_are_one_line(capfd, arguments, message):
     with pytest.raises(SystemExit) as end:

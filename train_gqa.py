@@ -1302,18 +1302,6 @@ def flop_per_token(args: Arguments, config: mha2gqa.LlamaConfig, seq_len: int) -
     return 2 * (sum(p.numel() for p in [*teacher, *student, *student, *trained]) + 4 * attention)
 
 
-def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of a large matrix product in the dtype of a forward, the best of five."""
-    n, seconds = 8192 if device.type == "cuda" else 1536, []
-    a = torch.randn(n, n, device=device, dtype=compute_dtype(device))
-    for _ in range(5):
-        meter = mha2gqa.Meter(device)
-        a @ a
-        meter.lap("product")
-        seconds.append(meter.seconds["product"])
-    return 2 * n**3 / min(seconds)
-
-
 def benchmark(args: Arguments, device: torch.device) -> None:
     """Time `args.benchmark` steps of a student and a teacher of MODEL's shape, and print it.
 
@@ -1343,7 +1331,8 @@ def benchmark(args: Arguments, device: torch.device) -> None:
     peaks: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(peaks, max(meter.peak_memory.values()))
     seconds = {stage: s / steps for stage, s in meter.seconds.items()}
-    speed, rate = data.tokens.numel() / sum(seconds.values()), matrix_rate(device)
+    speed = data.tokens.numel() / sum(seconds.values())
+    rate = mha2gqa.matrix_rate(device, compute_dtype(device))
     mfu = speed * flop_per_token(args, config, seq_len) / (rate * dist.get_world_size())
     print_rank_0(
         f"{steps} steps of {n_rows} rows of {seq_len} tokens, {dist.get_world_size()} x "
