@@ -88,8 +88,8 @@ __all__ = [
     "CheckpointWriter", "block_prefix", "block_weights", "non_block_weights", "read_json",
     "write_json", "writing", "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
-    "kv_cache_bytes", "gigabytes", "Meter", "matrix_rate", "progress", "ArgumentParser",
-    "add_method_arguments", "method_of_arguments", "install_signal_handlers",
+    "kv_cache_bytes", "gigabytes", "free_memory", "Meter", "matrix_rate", "progress",
+    "ArgumentParser", "add_method_arguments", "method_of_arguments", "install_signal_handlers",
 ]
 
 PathLike = str | os.PathLike[str]
@@ -2578,17 +2578,21 @@ def _memory_needed(
 
 def _warn_of_memory(needed: int, device: torch.device, method: Method) -> None:
     """Warn if the device has not so many bytes free: the refits would end hours from now."""
-    status = Path("/proc/meminfo")
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif status.exists():
-        free = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", status.read_text())[0])
-    else:
-        return
-    if needed > free:
+    free = free_memory(device)
+    if free is not None and needed > free:
         less = "--no-joint takes less" if method.joint else "fewer --tokens take less"
         warnings.warn(f"about {gigabytes(needed)} of memory are needed, {gigabytes(free)} are "
                       f"free; {less}", stacklevel=3)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on the device, None if the system does not tell."""
+    status = Path("/proc/meminfo")
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if status.exists():
+        return 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", status.read_text())[0])
+    return None
 
 
 def _plan_line(report: Mapping[str, Any]) -> str:

@@ -2719,6 +2719,24 @@ def test_bad_tasks(trained, tmp_path, train_command, what):
     assert not (tmp_path / "out").exists()
 
 
+def test_too_little_memory_for_training(alone, trained, tmp_path, monkeypatch):
+    args = train_gqa.parse_arguments(train_arguments(trained, tmp_path / "out", "default"))
+    source = train_gqa.Checkpoint.open(args.model)
+    monkeypatch.setattr(m, "free_memory", lambda device: 1_000_000)
+    all_, attention = (train_gqa.memory_needed(dataclasses.replace(args, train=train),
+                                               source.config, alone)
+                       for train in ("all", "attention"))
+    _, weights = m.load_checkpoint(trained / "mha")
+    kept = {n: w[: len(w) // 4] if "k_proj" in n or "v_proj" in n else w
+            for n, w in weights.items()}
+    assert all_ == sum(16 * w.numel() for w in kept.values()) + m._n_bytes(weights.values())
+    assert all_ - attention == sum(12 * w.numel() for n, w in kept.items()
+                                   if "mlp" in n or "embed" in n or "head" in n)
+    with pytest.warns(UserWarning, match=r"0.001 GB are free; --train attention takes "
+                                         f"{m.gigabytes(attention)} each, twice the processes"):
+        train_gqa.read_input(args, source, alone)
+
+
 def test_too_small_a_disk_for_training(trained, tmp_path, train_command, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     status, _, err = train_command(*train_arguments(trained, tmp_path / "out"))

@@ -1119,16 +1119,12 @@ def read_input(
     data = load_data(args, source)
     mha2gqa.check_calibration_rows(data.train.tokens, args.method)
     schedule = make_schedule(args, "distill", config, data.train)
-    parameters = list(student_model(args, config).parameters())
-    student, trained = (sum(p.numel() for p in parameters if p.requires_grad or whole)
-                        for whole in (True, False))
-    teacher = sum(p.numel() for p in meta_model(config).parameters())
+    n, student = dist.get_world_size(), n_parameters(student_model(args, config))
+    memory = memory_needed(args, config, device) / n
     if not (args.out / "report.json").exists():
         # Two checkpoints and one being written, of weights and moments; teacher and result.
         kept = 3 * 12 if 0 < args.save_every < schedule.steps else 0
         check_disk(args.out, (kept + 8) * student)
-    n = dist.get_world_size()
-    memory = (4 * student + 12 * trained + compute_dtype(device).itemsize * teacher) / n
     print_rank_0(
         f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {args.kv_heads} KV "
         f"heads; {schedule.steps} steps of {schedule.batch_size} rows of "
@@ -1136,7 +1132,26 @@ def read_input(
         + ("" if args.no_masks else f", of masks {schedule.mask_lr:.1e}")
         + f"; {n} x {device.type}, {mha2gqa.gigabytes(memory)} each for weights, gradients and "
         "Adam")
+    free = mha2gqa.free_memory(device)
+    if free is not None and memory > free:
+        alone = memory_needed(dataclasses.replace(args, train="attention"), config, device) / n
+        warnings.warn(f"{mha2gqa.gigabytes(free)} are free; --train attention takes "
+                      f"{mha2gqa.gigabytes(alone)} each, twice the processes half of it",
+                      stacklevel=2)
     return data, schedule
+
+
+def n_parameters(model: nn.Module, trained: bool = False) -> int:
+    """How many parameters a model has, or how many of them are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def memory_needed(args: Arguments, config: mha2gqa.LlamaConfig, device: torch.device) -> int:
+    """Bytes over all processes: the student in float32, what is trained with its gradient and
+    Adam's moments, the teacher in the dtype of a forward. Activations are not in it."""
+    student, teacher = student_model(args, config), meta_model(config)
+    return (4 * n_parameters(student) + 12 * n_parameters(student, trained=True)
+            + compute_dtype(device).itemsize * n_parameters(teacher))
 
 
 def student_model(args: Arguments, config: mha2gqa.LlamaConfig) -> mha2gqa.Llama:
