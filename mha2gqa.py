@@ -44,6 +44,7 @@ import array
 import codecs
 import contextlib
 import dataclasses
+import functools
 import glob
 import gzip
 import inspect
@@ -247,7 +248,9 @@ class Attention(nn.Module):
 
         q_BHTE = _apply_rope(heads(self.q_proj(x_BTD)), rope)
         k_BKTE = _apply_rope(heads(self.k_proj(x_BTD)), rope)
-        y_BHTE = causal_attention(q_BHTE, k_BKTE, heads(self.v_proj(x_BTD)), ends)
+        v_BKTE = heads(self.v_proj(x_BTD))
+        # subtle: under autocast the values are in bf16, and RoPE has made float32 of the others.
+        y_BHTE = causal_attention(q_BHTE.to(v_BKTE), k_BKTE.to(v_BKTE), v_BKTE, ends)
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
 
 
@@ -258,13 +261,13 @@ def causal_attention(
 
     Query head h reads KV head h // (H/K). `ends`, int32: where in the rows, laid end to end, one
     document ends and the next begins, 0 and B·T included; None: each row is one document. Takes
-    `attention_kernel`; none of them stores the T × T scores, or looks at other documents.
+    `attention_kernel`; none of them looks at other documents, or, with the head dims and dtypes of
+    real models, stores the T × T scores.
     """
-    kernel = attention_kernel(q_BHTE, packed=ends is not None)
-    if kernel == "efficient":  # it knows nothing of shared heads
-        k_BKTE, v_BKTE = (x.repeat_interleave(q_BHTE.shape[1] // x.shape[1], dim=1)
-                          for x in (k_BKTE, v_BKTE))
-    shared = q_BHTE.shape[1] != k_BKTE.shape[1]
+    kernel, shared = attention_kernel(q_BHTE, ends is not None), q_BHTE.shape[1] != k_BKTE.shape[1]
+    if kernel == "efficient" and shared:  # it knows nothing of shared heads
+        shared, n = False, q_BHTE.shape[1] // k_BKTE.shape[1]
+        k_BKTE, v_BKTE = (x.repeat_interleave(n, dim=1) for x in (k_BKTE, v_BKTE))
 
     def attend(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
@@ -297,13 +300,19 @@ def attention_kernel(q: Tensor, packed: bool = False) -> str:
     """
     if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
         return "efficient"
-    if q.is_cuda and packed:
-        with contextlib.suppress(ImportError):  # torch 2.12 has these arguments
-            from torch.nn.attention.varlen import varlen_attn
-
-            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-                return "varlen"
+    if q.is_cuda and packed and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _has_varlen():
+        return "varlen"
     return "flash"
+
+
+@functools.cache
+def _has_varlen() -> bool:
+    """Whether this torch has `varlen_attn` with the arguments that it has from 2.12 on."""
+    with contextlib.suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return False
 
 
 class MLP(nn.Module):
@@ -442,9 +451,9 @@ def value_gram(v_NKE: Tensor) -> Tensor:
     """Gram blocks C_ij = Σ_n v_i[n]ᵀ v_j[n] of all pairs of heads: (K, K, E, E)."""
     n, k, e = v_NKE.shape
     v, gram = v_NKE.reshape(n, k * e), v_NKE.new_zeros(k * e, k * e)
-    for rows in torch.arange(k * e).tensor_split(8):  # it is symmetric: half the work is enough
-        at, end = int(rows[0]), int(rows[-1]) + 1
-        gram[at:end, at:] = v[:, at:end].T @ v[:, at:]
+    size = math.ceil(k * e / 8)
+    for at in range(0, k * e, size):  # it is symmetric: half the work is enough
+        gram[at : at + size, at:] = v[:, at : at + size].T @ v[:, at:]
     gram = gram.triu() + gram.triu(1).T
     return gram.view(k, e, k, e).transpose(1, 2)
 
@@ -1326,12 +1335,14 @@ def _fit(
                for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
     new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
     rates = _rates(weights, rate)
+    device = next(iter(new.values())).device
+    products = torch.autocast(device.type, torch.bfloat16, enabled=_fast_products(new))
     # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15,
-                            fused=next(iter(new.values())).is_cuda)
+                            fused=device.type == "cuda")
     for step, batch in enumerate(progress(batches, bar, len(batches)) if bar else batches):
-        with torch.enable_grad(), _fast_products(new):
+        with torch.enable_grad(), products:
             error = loss(new, batch)
         error.backward()
         for group in adam.param_groups:
@@ -1351,14 +1362,14 @@ def _held_out_rows(n_rows: int) -> int:
     return math.ceil(n_rows / 40)
 
 
-def _fast_products(weights: Weights) -> torch.autocast:
-    """Within it matrix products are made in bf16, if the device of the weights gains by that."""
+def _fast_products(weights: Weights) -> bool:
+    """Whether matrix products should be in bf16: if the device of the weights gains by that."""
     device = next(w.device for w in weights.values())
     wide = max(w.shape[-1] for w in weights.values()) >= 256
     cpu_features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
             else cpu_features.get("avx512_bf16") or cpu_features.get("amx_bf16"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=wide and bool(fast))
+    return wide and bool(fast)
 
 
 def _refit_epochs(n_tokens: int) -> int:
@@ -2662,15 +2673,16 @@ class _FlopMeter(Meter):
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of five."""
+    """FLOP/s of large matrix products, the best of three times ten."""
     n, seconds = 8192 if device.type == "cuda" else 1536, []
     a = torch.randn(n, n, device=device, dtype=dtype)
-    for _ in range(5):
+    for _ in range(3):
         meter = Meter(device)
-        a @ a
-        meter.lap("product")
-        seconds.append(meter.seconds["product"])
-    return 2 * n**3 / min(seconds)
+        for _ in range(10):
+            a @ a
+        meter.lap("products")
+        seconds.append(meter.seconds["products"])
+    return 10 * 2 * n**3 / min(seconds)
 
 
 def benchmark(
@@ -2679,9 +2691,10 @@ def benchmark(
 ) -> dict[str, Any]:
     """Time the conversion of a model of this shape: random weights and tokens, nothing written.
 
-    Of the directory only config.json is read. Returns "seconds" by stage and "floor_seconds", what
-    each stage's matrix products would take at "flop_per_second", this machine's `matrix_rate` in
-    the dtype of most of them; "peak_memory_bytes". Raises ValueError for bad input.
+    Of the directory only config.json is read. Returns "seconds" by stage, which counting makes a
+    little longer, and "floor_seconds", what each stage's matrix products would take at this
+    machine's `matrix_rate`, in float32, or in bf16 in the refits if they use that;
+    "peak_memory_bytes". Raises ValueError for bad input.
     """
     config, place = load_config(model_dir), _pick_device(device)
     new_config, length = gqa_config(config, kv_heads), row_length(config, seq_len)
@@ -2702,9 +2715,12 @@ def benchmark(
     with meter.counter:
         _convert_and_measure(lambda shard: None, config, new_config, weights, rows, held_out,
                              method, like, meter)
-    rate = max(matrix_rate(place, dtype) for dtype in (torch.float32, torch.bfloat16))
-    return {"seconds": meter.seconds, "flop_per_second": rate,
-            "floor_seconds": {stage: n / rate for stage, n in meter.flop.items()},
+    fast = torch.bfloat16 if _fast_products({"": like.new_empty(config.hidden_size)}) else None
+    rates = {dtype: matrix_rate(place, dtype) for dtype in (torch.float32, fast) if dtype}
+    floor = {stage: n / rates[(fast if "refit" in stage else None) or torch.float32]
+             for stage, n in meter.flop.items()}
+    return {"seconds": meter.seconds, "floor_seconds": floor,
+            "flop_per_second": {str(dtype).removeprefix("torch."): r for dtype, r in rates.items()},
             "peak_memory_bytes": meter.peak_memory}
 
 
@@ -2854,8 +2870,9 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
 
 def _print_benchmark(found: Mapping[str, Any]) -> None:
     """What a person wants to know of a benchmark."""
+    rates = (f"{rate / 1e12:.3g} TFLOP/s in {n}" for n, rate in found["flop_per_second"].items())
     print(f"{'':<14}{'seconds':>10}{'floor':>10}   the floor: its matrix products at "
-          f"{found['flop_per_second'] / 1e12:.3g} TFLOP/s")
+          + ", ".join(rates))
     for stage, seconds in found["seconds"].items():
         print(f"{stage:<14}{seconds:10.2f}{found['floor_seconds'][stage]:10.2f}")
     memory = (f"{n} {gigabytes(b)}" for n, b in found["peak_memory_bytes"].items() if b)

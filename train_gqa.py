@@ -421,12 +421,12 @@ class Objective:
 
 
 def chunk_size(head_VD: Tensor) -> int:
-    """How many predictions have 2²⁴ logits: 512 for a vocabulary of 32,000."""
-    return max(1, 2**24 // len(head_VD))
+    """How many predictions have 2²⁴ logits (512 for a vocabulary of 32,000), on a GPU 2²⁶."""
+    return max(1, 2 ** (26 if head_VD.is_cuda else 24) // len(head_VD))
 
 
 def in_chunks(function: Callable, hidden_ND: Tensor, head_VD: Tensor, *others: Tensor) -> Tensor:
-    """Sum of `function` over chunks of 2²⁴ logits, recomputed in the backward pass.
+    """Sum of `function` over chunks of `chunk_size`, recomputed in the backward pass.
 
     So the logits of a batch, float32 and V wide, never exist all at once.
     """
@@ -458,8 +458,8 @@ def distillation(teacher: mha2gqa.Llama) -> Objective:
 
     def of_chunk(hidden_ND, head_VD, teacher_ND, bits_N):
         student, target = F.linear(hidden_ND, head_VD), F.linear(teacher_ND, teacher_head)
-        kl = mha2gqa.kl_loss(student, target)[bits_N & KL > 0].sum()
-        bild = mha2gqa.bild_loss(student, target)[bits_N & ANSWER > 0].sum()
+        kl = (mha2gqa.kl_loss(student, target) * (bits_N & KL > 0)).sum()
+        bild = (mha2gqa.bild_loss(student, target) * (bits_N & ANSWER > 0)).sum()
         return torch.stack([kl, bild])
 
     def make_readout(batch: TokenBatch) -> Readout:
@@ -962,7 +962,7 @@ class Report:
             content = mha2gqa.read_json(self.file)
             if not is_report(content):
                 raise ValueError(f"{self.file}: not a report of this program; choose another --out")
-            before = content["arguments"]
+            before = {"train": "all", **content["arguments"]}  # older reports do not have that
             for name in (n for n in arguments if before.get(n) != arguments[n]):
                 raise ValueError(f"{out}: holds a run with --{name.replace('_', '-')} "
                                  f"{before.get(name)}, not {arguments[name]}; choose another --out")
@@ -1112,19 +1112,18 @@ def read_input(
 
     Raises ValueError for what is wrong with the input.
     """
-    config = source.config
-    mha2gqa.gqa_config(config, args.kv_heads)
+    config, model = source.config, student_model(args, source.config)
     if args.teacher:
         open_teacher(args, config)
     data = load_data(args, source)
     mha2gqa.check_calibration_rows(data.train.tokens, args.method)
     schedule = make_schedule(args, "distill", config, data.train)
-    n, student = dist.get_world_size(), n_parameters(student_model(args, config))
+    n, (student, trained) = dist.get_world_size(), n_parameters(model)
     memory = memory_needed(args, config, device) / n
     if not (args.out / "report.json").exists():
         # Two checkpoints and one being written, of weights and moments; teacher and result.
-        kept = 3 * 12 if 0 < args.save_every < schedule.steps else 0
-        check_disk(args.out, (kept + 8) * student)
+        kept = 3 * (4 * student + 8 * trained) if 0 < args.save_every < schedule.steps else 0
+        check_disk(args.out, kept + 8 * student)
     print_rank_0(
         f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {args.kv_heads} KV "
         f"heads; {schedule.steps} steps of {schedule.batch_size} rows of "
@@ -1132,32 +1131,35 @@ def read_input(
         + ("" if args.no_masks else f", of masks {schedule.mask_lr:.1e}")
         + f"; {n} x {device.type}, {mha2gqa.gigabytes(memory)} each for weights, gradients and "
         "Adam")
+    here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = mha2gqa.free_memory(device)
-    if free is not None and memory > free:
+    if free is not None and here * memory > free:
         alone = memory_needed(dataclasses.replace(args, train="attention"), config, device) / n
-        warnings.warn(f"{mha2gqa.gigabytes(free)} are free; --train attention takes "
-                      f"{mha2gqa.gigabytes(alone)} each, twice the processes half of it",
-                      stacklevel=2)
+        less = f", --train attention {mha2gqa.gigabytes(alone)}" if args.train == "all" else ""
+        warnings.warn(f"{mha2gqa.gigabytes(free)} are free for {here} of them; twice as many "
+                      f"machines or GPUs take half of it each{less}", stacklevel=2)
     return data, schedule
 
 
-def n_parameters(model: nn.Module, trained: bool = False) -> int:
-    """How many parameters a model has, or how many of them are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+def n_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters a model has, and how many of them are trained."""
+    found = [(p.numel(), p.requires_grad * p.numel()) for p in model.parameters()]
+    return sum(n for n, _ in found), sum(n for _, n in found)
 
 
 def memory_needed(args: Arguments, config: mha2gqa.LlamaConfig, device: torch.device) -> int:
     """Bytes over all processes: the student in float32, what is trained with its gradient and
     Adam's moments, the teacher in the dtype of a forward. Activations are not in it."""
-    student, teacher = student_model(args, config), meta_model(config)
-    return (4 * n_parameters(student) + 12 * n_parameters(student, trained=True)
-            + compute_dtype(device).itemsize * n_parameters(teacher))
+    (student, trained), (teacher, _) = map(n_parameters, (
+        student_model(args, config), meta_model(config)))
+    return 4 * student + 12 * trained + compute_dtype(device).itemsize * teacher
 
 
 def student_model(args: Arguments, config: mha2gqa.LlamaConfig) -> mha2gqa.Llama:
     """The student on the meta device; on the paper's way its new heads are beside the old ones."""
+    new_config = mha2gqa.gqa_config(config, args.kv_heads)
     if args.no_masks:
-        return meta_model(mha2gqa.gqa_config(config, args.kv_heads), trained=args.train)
+        return meta_model(new_config, trained=args.train)
     return meta_model(config, args.kv_heads, args.train)
 
 
@@ -1344,7 +1346,7 @@ def benchmark(args: Arguments, device: torch.device) -> None:
     finally:
         on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
     peaks: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(peaks, max(meter.peak_memory.values()))
+    dist.all_gather_object(peaks, meter.peak_memory["cuda"] or meter.peak_memory["host"])
     seconds = {stage: s / steps for stage, s in meter.seconds.items()}
     speed = data.tokens.numel() / sum(seconds.values())
     rate = mha2gqa.matrix_rate(device, compute_dtype(device))
@@ -1663,7 +1665,8 @@ DEMO_ARGUMENTS = Arguments(
 def run(args: Arguments, device: torch.device) -> None:
     """The run that the arguments ask for, or just the table of one that is finished."""
     if args.benchmark:
-        return benchmark(args, device)
+        benchmark(args, device)
+        return
     report = Report(args, device)
     if args is DEMO_ARGUMENTS and not broadcast_from_rank_0((args.out / "source").exists()):
         report.write()
@@ -1678,7 +1681,7 @@ def run(args: Arguments, device: torch.device) -> None:
         data, schedule = share(data, args.out / "data.pt"), broadcast_from_rank_0(schedule)
         run_stages(args, source, data, schedule, report, device)
     on_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
-    return print_rank_0(f"\n{table(report.content)}; the model is in {args.out}/gqa")
+    print_rank_0(f"\n{table(report.content)}; the model is in {args.out}/gqa")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
