@@ -579,7 +579,7 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
 
     Each update is the exact maximum over that head's map. Algorithm 1 of the paper rotates all
     heads onto one mean that contains them, which is monotone, too, but takes several times as many
-    rounds. Stops when every problem gains less than 1e-6 of its objective in a round, or after 500.
+    rounds. Stops when every problem gains less than 1e-8 of its objective in a round, or after 500.
 
     >>> x_NE = torch.randn(50, 4, dtype=torch.float64)
     >>> x_MNE = torch.stack([x_NE, x_NE.flip(1), -x_NE])
@@ -598,7 +598,7 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
         for i in range(gram.shape[-4]):
             rotated, gain_i = _rotate_head(gram, rotated, i)
             gain += gain_i
-        if not (gain > 1e-6 * history[-1].abs()).any():
+        if not (gain > 1e-8 * history[-1].abs()).any():
             break
         # subtle: rounding can lower the objective of a problem that has converged: keep its maps.
         maps = torch.where((gain > 0)[..., None, None, None], rotated, maps)
