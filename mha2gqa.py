@@ -283,11 +283,16 @@ def causal_attention(
         y_NHE = cast(Tensor, varlen_attn(q_NHE, k_NKE, v_NKE, ends, ends, longest, longest,
                                          window_size=(-1, 0), enable_gqa=shared))
     else:
-        sizes = ends.diff().tolist()
-        documents = zip(*(x.split(sizes) for x in (q_NHE, k_NKE, v_NKE)), strict=True)
-        y_NHE = torch.cat([attend(*(x.transpose(0, 1)[None] for x in document))[0].transpose(0, 1)
-                           for document in documents])
+        y_NHE = _by_documents(attend, ends, q_NHE, k_NKE, v_NKE)
     return y_NHE.unflatten(0, (len(q_BHTE), -1)).transpose(1, 2)
+
+
+@torch.compiler.disable  # it would be compiled anew for documents of other lengths
+def _by_documents(attend: Callable[..., Tensor], ends: Tensor, *qkv: Tensor) -> Tensor:
+    """`attend` (1, heads, T, E) to one document after the other: (N, H, E)."""
+    documents = zip(*(x.split(ends.diff().tolist()) for x in qkv), strict=True)
+    return torch.cat([attend(*(x.transpose(0, 1)[None] for x in document))[0].transpose(0, 1)
+                      for document in documents])
 
 
 def attention_kernel(q: Tensor, packed: bool = False) -> str:

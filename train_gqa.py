@@ -63,7 +63,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -129,15 +134,16 @@ def batch_of_step(data: TokenBatch, step: int, n_rows: int, seed: int) -> TokenB
     return data[torch.stack(index)]
 
 
-def micro_batches(
-    batch: TokenBatch, device: torch.device, tokens: int = 8192
-) -> Iterator[TokenBatch]:
+MICRO_TOKENS = 8192
+
+
+def micro_batches(batch: TokenBatch, device: torch.device) -> Iterator[TokenBatch]:
     """This rank's rows of a batch, a few at a time.
 
     All ranks get the same number of batches if their number divides the rows.
     """
     mine = batch[dist.get_rank() :: dist.get_world_size()]
-    size = max(1, tokens // batch.tokens.shape[1])
+    size = max(1, MICRO_TOKENS // batch.tokens.shape[1])
     for i in range(0, len(mine), size):
         yield mine[i : i + size].to(device)
 
@@ -282,7 +288,8 @@ def meta_model(
 ) -> mha2gqa.Llama:
     """Llama on the meta device; with `fading_to` KV heads, its key and value heads can fade.
 
-    `trained` "attention" leaves gradients to attention and the norms alone, a third of a model.
+    `trained`: which weights get gradients, "all", "none", or "attention", a third of a model, which
+    is attention and the norms.
     """
     with torch.device("meta"):
         model = mha2gqa.Llama(config)
@@ -290,7 +297,8 @@ def meta_model(
             attention.k_proj = FadingLinear(config, fading_to or 0)
             attention.v_proj = FadingLinear(config, fading_to or 0)
     for name, p in model.named_parameters():
-        p.requires_grad_(trained == "all" or "self_attn" in name or "norm" in name)
+        in_attention = "self_attn" in name or "norm" in name
+        p.requires_grad_(trained == "all" or trained == "attention" and in_attention)
     return model
 
 
@@ -304,26 +312,49 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def shard(
-    model: mha2gqa.Llama, device: torch.device, stored: torch.dtype = torch.float32,
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where sharded models run, and how.
+
+    recompute: keep no activations within a block for the backward. offload: shards, gradients and
+    Adam's moments stay in the host's memory, and the device holds what it computes with, a block at
+    a time. compiled: by torch.compile, each block.
+    """
+
+    device: torch.device
     recompute: bool = False
-) -> mha2gqa.Llama:
+    offload: bool = False
+    compiled: bool = False
+
+
+def shard(model: mha2gqa.Llama, place: Place) -> mha2gqa.Llama:
     """Shard a model on the meta device over all ranks, each block, then the root.
 
-    Its parameters hold nothing yet. `stored`: their dtype, whatever the forward computes in.
-    `recompute`: keep no activations within a block for the backward.
+    Its parameters hold nothing yet. What is trained will be in float32, all else in the dtype of
+    the forward.
     """
+    device, dtype = place.device, compute_dtype(place.device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
-    model.to(stored)
+    precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(device.type == "cuda") if place.offload else OffloadPolicy()
+    for p in model.parameters():
+        p.data = p.to(torch.float32 if p.requires_grad else dtype)
     for block in model.model.layers:
-        if recompute:
+        if place.compiled:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        if place.recompute:
             block.forward = functools.partial(  # type: ignore[method-assign]
                 checkpoint, block.forward, use_reentrant=False)
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
-    model.to_empty(device=device)
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    model.to_empty(device="cpu" if place.offload else device)
     return model
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where a sharded model computes, whatever memory its shards are in."""
+    p = next(model.parameters())  # gathered or not
+    return torch.device(p.device_mesh.device_type) if isinstance(p, DTensor) else p.device
 
 
 def reshard(model: nn.Module) -> None:
@@ -360,25 +391,26 @@ def load_checkpoint(model: mha2gqa.Llama, source: Checkpoint) -> None:
 
 def frozen_model(
     config: mha2gqa.LlamaConfig, blocks: Iterator[Mapping[str, Tensor]],
-    non_block: Mapping[str, Tensor], device: torch.device
+    non_block: Mapping[str, Tensor], place: Place
 ) -> mha2gqa.Llama:
     """A sharded model of these weights that is not trained."""
-    model = shard(meta_model(config), device, compute_dtype(device))
-    return load_sharded(model.requires_grad_(False), blocks, non_block)
+    return load_sharded(shard(meta_model(config, trained="none"), place), blocks, non_block)
 
 
-def frozen_checkpoint(source: Checkpoint, device: torch.device) -> mha2gqa.Llama:
+def frozen_checkpoint(source: Checkpoint, place: Place) -> mha2gqa.Llama:
     """`frozen_model` of a checkpoint."""
     non_block = mha2gqa.non_block_weights(source.weights)
-    return frozen_model(source.config, source.blocks(), non_block, device)
+    return frozen_model(source.config, source.blocks(), non_block, place)
 
 
 def save_model(
-    path: Path, model: mha2gqa.Llama, config: mha2gqa.LlamaConfig, source: Checkpoint
+    path: Path, model: mha2gqa.Llama, config: mha2gqa.LlamaConfig, source: Checkpoint,
+    start: Checkpoint
 ) -> None:
     """Write the model to `path`, with the source's dtypes and tokenizer.
 
-    Rank 0 gathers one block at a time. Of a `FadingLinear` only the new heads are written.
+    Rank 0 gathers one block at a time. Of a `FadingLinear` only the new heads are written. What was
+    not trained is written as it is in `start`.
     """
     named: dict[str, Tensor] = dict(model.named_parameters())
     replaced = {name.replace(".new.", ".") for name in named if ".new." in name}
@@ -392,7 +424,8 @@ def save_model(
             prefix = mha2gqa.block_prefix(i)
             part = {name: p for name, p in named.items() if name.startswith(prefix)}
             part = part or mha2gqa.non_block_weights(named)
-            full = {name: gathered(p).to("cpu", dtypes[name]) for name, p in part.items()}
+            full = {name: (gathered(p) if p.requires_grad else start.weights[name])
+                    .to("cpu", dtypes[name]) for name, p in part.items()}
             on_rank_0(lambda full=full: writer.write_shard(full))
         on_rank_0(stack.close)
 
@@ -420,9 +453,14 @@ class Objective:
     make_readout: Callable[[TokenBatch], Readout]
 
 
+def max_logits(device: torch.device) -> int:
+    """How many logits a loss holds at once: those of 512 predictions over 32,000, on a GPU 2,048."""
+    return 2 ** (26 if device.type == "cuda" else 24)
+
+
 def chunk_size(head_VD: Tensor) -> int:
-    """How many predictions have 2²⁴ logits (512 for a vocabulary of 32,000), on a GPU 2²⁶."""
-    return max(1, 2 ** (26 if head_VD.is_cuda else 24) // len(head_VD))
+    """Of how many predictions."""
+    return max(1, max_logits(head_VD.device) // len(head_VD))
 
 
 def in_chunks(function: Callable, hidden_ND: Tensor, head_VD: Tensor, *others: Tensor) -> Tensor:
@@ -454,7 +492,7 @@ def cross_entropy() -> Objective:
 def distillation(teacher: mha2gqa.Llama) -> Objective:
     """KL and BiLD to the teacher (eq. 30)."""
     reshard(teacher)
-    teacher_head = gathered(teacher.head_weight)
+    teacher_head = gathered(teacher.head_weight).to(compute_device(teacher))
 
     def of_chunk(hidden_ND, head_VD, teacher_ND, bits_N):
         student, target = F.linear(hidden_ND, head_VD), F.linear(teacher_ND, teacher_head)
@@ -571,11 +609,11 @@ def train(
     global batch that carry its bit. `lap(stage)` is called as each part of a step ends, to time it.
     Raises FloatingPointError at a loss that is not finite.
     """
-    device = next(model.parameters()).device
-    # Fused on CUDA: otherwise a step makes a copy of all parameters.
+    device = compute_device(model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    # Fused: otherwise a step makes a copy of all parameters, and on a CPU takes six times as long.
     optimizer = torch.optim.AdamW(trained, schedule.lr, betas=(0.9, 0.95), weight_decay=0,
-                                  fused=device.type == "cuda")
+                                  fused=True)
     first = load_newest(folder, model, optimizer, masks)
     if first == 0:
         begin()
@@ -623,7 +661,7 @@ def backward(
     lap: Callable[[str], None] = lambda stage: None
 ) -> Tensor:
     """Leave the gradients of a global batch in the model; returns its losses (parts,)."""
-    device = next(model.parameters()).device
+    device = compute_device(model)
     counts = [max(1, int((batch.loss_bits & bit > 0).sum())) for bit in objective.parts.values()]
     count, total = torch.tensor(counts, device=device), torch.zeros(len(counts), device=device)
     for micro in micro_batches(batch, device):
@@ -814,7 +852,7 @@ def held_out_loss(
 ) -> dict[str, float]:
     """The loss and the KL to the teacher on held-out text, in nats/token over all predictions."""
     objectives, total = (cross_entropy(), distillation(teacher)), torch.zeros(3).double()
-    for micro in eval_batches(data, next(model.parameters()).device, name):
+    for micro in eval_batches(data, compute_device(model), name):
         readouts = [objective.make_readout(micro) for objective in objectives]
         total += model(micro.tokens, micro.document, lambda hidden, head, readouts=readouts:
                        torch.cat([readout(hidden, head) for readout in readouts])).cpu()
@@ -830,7 +868,7 @@ def exact_match(model: mha2gqa.Llama, data: TokenBatch, n_examples: int, name: s
     So greedy generation gives the answer. The converse fails if it uses other tokens for the text.
     """
     wrong = torch.zeros(n_examples, dtype=torch.int64)
-    for micro in eval_batches(data, next(model.parameters()).device, name):
+    for micro in eval_batches(data, compute_device(model), name):
         at = micro.loss_bits & ANSWER > 0
         target = micro.tokens.roll(-1, dims=1)[at]
 
@@ -909,6 +947,8 @@ class Arguments:
     calibration_tokens: int = 262_144
     save_every: int = 500
     checkpoint_activations: bool = False
+    cpu_offload: bool = False
+    compile: bool = False
     train: str = "all"
     benchmark: int | None = None
 
@@ -933,10 +973,15 @@ class Arguments:
         tokens = max(655_360, self.steps * self.batch_tokens) + 65_536 if self.steps else 10**9
         return mha2gqa.Corpus(self.text, self.eval_text, tokens, self.seq_len)
 
+    def place(self, device: torch.device) -> Place:
+        """Where and how the run's models run."""
+        return Place(device, self.checkpoint_activations, self.cpu_offload, self.compile)
+
     def to_json(self) -> dict[str, Any]:
         """All that must not change from one session of a run to the next."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for free in ("method", "out", "save_every", "checkpoint_activations", "benchmark"):
+        for free in ("method", "out", "save_every", "checkpoint_activations", "cpu_offload",
+                     "compile", "benchmark"):
             del fields[free]
         method = dataclasses.asdict(self.method)
         del method["joint"]
@@ -1119,25 +1164,20 @@ def read_input(
     mha2gqa.check_calibration_rows(data.train.tokens, args.method)
     schedule = make_schedule(args, "distill", config, data.train)
     n, (student, trained) = dist.get_world_size(), n_parameters(model)
-    memory = memory_needed(args, config, device) / n
+    seq_len = data.train.tokens.shape[1]
+    shards, work = memory_needed(args, config, device, seq_len)
     if not (args.out / "report.json").exists():
         # Two checkpoints and one being written, of weights and moments; teacher and result.
         kept = 3 * (4 * student + 8 * trained) if 0 < args.save_every < schedule.steps else 0
         check_disk(args.out, kept + 8 * student)
     print_rank_0(
         f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {args.kv_heads} KV "
-        f"heads; {schedule.steps} steps of {schedule.batch_size} rows of "
-        f"{data.train.tokens.shape[1]} tokens, learning rate {schedule.lr:.1e}"
+        f"heads; {schedule.steps} steps of {schedule.batch_size} rows of {seq_len} tokens, "
+        f"learning rate {schedule.lr:.1e}"
         + ("" if args.no_masks else f", of masks {schedule.mask_lr:.1e}")
-        + f"; {n} x {device.type}, {mha2gqa.gigabytes(memory)} each for weights, gradients and "
-        "Adam")
-    here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = mha2gqa.free_memory(device)
-    if free is not None and here * memory > free:
-        alone = memory_needed(dataclasses.replace(args, train="attention"), config, device) / n
-        less = f", --train attention {mha2gqa.gigabytes(alone)}" if args.train == "all" else ""
-        warnings.warn(f"{mha2gqa.gigabytes(free)} are free for {here} of them; twice as many "
-                      f"machines or GPUs take half of it each{less}", stacklevel=2)
+        + f"; {n} x {device.type}, each with {mha2gqa.gigabytes(shards)} for weights, gradients "
+        f"and Adam, about {mha2gqa.gigabytes(work)} to compute")
+    warn_of_memory(args, config, device, seq_len)
     return data, schedule
 
 
@@ -1147,12 +1187,59 @@ def n_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in found), sum(n for _, n in found)
 
 
-def memory_needed(args: Arguments, config: mha2gqa.LlamaConfig, device: torch.device) -> int:
-    """Bytes over all processes: the student in float32, what is trained with its gradient and
-    Adam's moments, the teacher in the dtype of a forward. Activations are not in it."""
+def memory_needed(
+    args: Arguments, config: mha2gqa.LlamaConfig, device: torch.device, seq_len: int
+) -> tuple[float, float]:
+    """Bytes that a process needs for (its shards, a step's work).
+
+    Shards: of each weight that learns 16, with gradient and Adam's moments; of the others, and the
+    teacher's, those of the forward's dtype. Work, estimated: both embeddings, both heads and two
+    blocks of each model, gathered; what a micro-batch's backward needs of each block, and the
+    logits of a chunk.
+    """
+    n, size, d = dist.get_world_size(), compute_dtype(device).itemsize, config.hidden_size
     (student, trained), (teacher, _) = map(n_parameters, (
         student_model(args, config), meta_model(config)))
-    return 4 * student + 12 * trained + compute_dtype(device).itemsize * teacher
+    block = n_parameters(meta_model(config).model.layers[0])[0]
+    tokens = max(seq_len, min(MICRO_TOKENS, args.batch_tokens // n))
+    queries, keys = (k * config.head_dim for k in (
+        config.num_attention_heads, args.kv_heads if args.no_masks else config.num_key_value_heads))
+    kept = tokens * (10 * d + queries + 2 * keys + 4 * config.intermediate_size)
+    n_layers = config.num_hidden_layers
+    activations = kept + tokens * d * n_layers if args.checkpoint_activations else kept * n_layers
+    work = size * (4 * config.vocab_size * d + 4 * block + activations)
+    return ((16 * trained + size * (student - trained + teacher)) / n,
+            work + 24 * max_logits(device))
+
+
+def warn_of_memory(
+    args: Arguments, config: mha2gqa.LlamaConfig, device: torch.device, seq_len: int
+) -> None:
+    """Warn before any work starts if memory is short, and say what takes less."""
+    cuda, here = device.type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    def needed(**changes) -> float:
+        changed = dataclasses.replace(args, **changes)
+        shards, work = memory_needed(changed, config, device, seq_len)
+        return (1 if cuda else here) * (work + (not (cuda and changed.cpu_offload)) * shards)
+
+    free = mha2gqa.free_memory(device)
+    if free is not None and needed() > free:
+        less: list[tuple[str, dict[str, Any]]] = [
+            ("--checkpoint-activations", {"checkpoint_activations": True}),
+            ("that and --train attention", {"checkpoint_activations": True, "train": "attention"})]
+        if cuda:
+            less.append(("--checkpoint-activations --cpu-offload",
+                         {"checkpoint_activations": True, "cpu_offload": True}))
+        warnings.warn(
+            f"{mha2gqa.gigabytes(needed())} of memory are needed, {mha2gqa.gigabytes(free)} are "
+            "free; " + ", ".join(f"{name}: {mha2gqa.gigabytes(needed(**changes))}"
+                                 for name, changes in less)
+            + "; and the more GPUs or machines share it, the less for each", stacklevel=3)
+    on_host = here * memory_needed(args, config, device, seq_len)[0]
+    free = mha2gqa.free_memory(torch.device("cpu"))
+    if cuda and args.cpu_offload and free is not None and on_host > free:
+        warnings.warn(f"--cpu-offload needs {mha2gqa.gigabytes(on_host)} of this machine's memory, "
+                      f"{mha2gqa.gigabytes(free)} are free", stacklevel=3)
 
 
 def student_model(args: Arguments, config: mha2gqa.LlamaConfig) -> mha2gqa.Llama:
@@ -1196,11 +1283,10 @@ def fine_tuned_teacher(
     """OUT/teacher, the source after SFT on the answers; trained if it is not there yet."""
     folder, sft = args.out / "teacher", args.out / "sft"
     if not broadcast_from_rank_0(folder.exists()):
-        model = shard(meta_model(source.config, trained=args.train), device,
-                      recompute=args.checkpoint_activations)
+        model = shard(meta_model(source.config, trained=args.train), args.place(device))
         schedule = make_schedule(args, "fine-tune", source.config, data)
         train(model, data, cross_entropy(), schedule, sft, lambda: load_checkpoint(model, source))
-        save_model(folder, model, source.config, source)
+        save_model(folder, model, source.config, source, source)
         del model
         free_memory()
     if is_rank_0():
@@ -1232,7 +1318,7 @@ def run_stages(
     device: torch.device
 ) -> None:
     """The whole run; the result is OUT/gqa, measurements go into the report."""
-    config = source.config
+    config, place = source.config, args.place(device)
     new_config = mha2gqa.gqa_config(config, args.kv_heads)
     report.content["kv_cache_bytes_per_token"] = {
         "source": mha2gqa.kv_cache_bytes(config, source.weights),
@@ -1244,18 +1330,18 @@ def run_stages(
     else:
         tuned = fine_tuned_teacher(args, source, data.train, device)
         report.meter.lap("fine-tune")
-    teacher = frozen_checkpoint(tuned, device)
-    report.score("source", data, teacher, lambda: frozen_checkpoint(source, device))
+    teacher = frozen_checkpoint(tuned, place)
+    report.score("source", data, teacher, lambda: frozen_checkpoint(source, place))
     if not args.source_teaches:
         report.score("teacher", data, teacher, lambda: teacher)
     start = tuned if args.teacher_is_converted else source
     non_block = mha2gqa.non_block_weights(start.weights)
     pooled = (mha2gqa.merge(block, config, args.kv_heads) for block in start.blocks())
     report.score("mean-pool", data, teacher,
-                 lambda: frozen_model(new_config, pooled, non_block, device))
+                 lambda: frozen_model(new_config, pooled, non_block, place))
     result, checkpoints_folder = args.out / "gqa", args.out / "checkpoints"
     if not broadcast_from_rank_0(result.exists()):
-        student = shard(student_model(args, config), device, recompute=args.checkpoint_activations)
+        student = shard(student_model(args, config), place)
         masks = None if args.no_masks else Masks(
             student, schedule.steps, schedule.mask_lr, schedule.seed)
 
@@ -1272,12 +1358,12 @@ def run_stages(
         train(student, data.train, distillation(teacher), schedule, checkpoints_folder, convert,
               masks)
         report.meter.lap("distill")
-        save_model(result, student, new_config, source)
+        save_model(result, student, new_config, source, start)
         report.meter.lap("write")
         del student, masks
         free_memory()
     written = raise_on_all_ranks(lambda: Checkpoint.open(result))
-    report.score("distilled", data, teacher, lambda: frozen_checkpoint(written, device))
+    report.score("distilled", data, teacher, lambda: frozen_checkpoint(written, place))
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -1325,26 +1411,32 @@ def benchmark(args: Arguments, device: torch.device) -> None:
     Weights and tokens are random; of MODEL only config.json is read. What runs is `train`, in a
     temporary folder.
     """
-    config, steps = mha2gqa.load_config(args.model), cast(int, args.benchmark)
-    student = filled_at_random(shard(student_model(args, config), device,
-                                     recompute=args.checkpoint_activations))
-    teacher = filled_at_random(shard(meta_model(config).requires_grad_(False), device,
-                                     compute_dtype(device)))
+    config, steps, place = mha2gqa.load_config(args.model), args.benchmark or 1, args.place(device)
     seq_len = mha2gqa.row_length(config, args.seq_len)
     n_rows = max(1, args.batch_tokens // seq_len)
     data = text_batch(torch.randint(config.vocab_size, (n_rows, seq_len),
                                     generator=torch.Generator().manual_seed(args.method.seed)))
+    objective = distillation(filled_at_random(shard(meta_model(config, trained="none"), place)))
     folder = Path(broadcast_from_rank_0(on_rank_0(tempfile.mkdtemp)))
-    try:
+
+    def timed(args: Arguments) -> mha2gqa.Meter:
+        student = filled_at_random(shard(student_model(args, config), place))
         for n in (2, steps):  # the first steps are slower
             schedule = dataclasses.replace(make_schedule(
                 dataclasses.replace(args, steps=n), "distill", config, data), save_every=0)
             masks = None if args.no_masks else Masks(student, n, schedule.mask_lr, schedule.seed)
-            objective, meter = distillation(teacher), mha2gqa.Meter(device)
+            meter = mha2gqa.Meter(device)
             train(student, data, objective, schedule, folder / "checkpoints", lambda: None, masks,
                   meter.lap)
+        return meter
+
+    try:
+        meter = timed(args)
+        free_memory()
+        without = meter if args.no_masks else timed(dataclasses.replace(args, no_masks=True))
     finally:
         on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
+    masked = sum(meter.seconds.values()) / sum(without.seconds.values()) - 1
     peaks: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(peaks, meter.peak_memory["cuda"] or meter.peak_memory["host"])
     seconds = {stage: s / steps for stage, s in meter.seconds.items()}
@@ -1356,6 +1448,7 @@ def benchmark(args: Arguments, device: torch.device) -> None:
         f"{device.type}: {speed:,.0f} tokens/s, {mfu:.1%} of the {rate / 1e12:.3g} TFLOP/s of a "
         "large matrix product here\nseconds a step: "
         + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items())
+        + ("" if args.no_masks else f"; masks add {masked:.1%}")
         + f"\npeak memory: {mha2gqa.gigabytes(max(peaks))} a process")
 
 
@@ -1562,11 +1655,11 @@ def make_demo_source(corpus: mha2gqa.Corpus, device: torch.device) -> None:
     weights = {name: torch.ones(p.shape) if p.ndim == 1 else 0.04 * torch.randn(p.shape)
                for name, p in meta_model(config).named_parameters()}
     start = Checkpoint(DEMO / "tokenizer", config, weights)
-    model = shard(meta_model(config), device)
+    model = shard(meta_model(config), Place(device))
     schedule = Schedule("make the source", 400, 16, 3e-3, 0, seed=0, save_every=0)
     train(model, text_batch(rows), cross_entropy(), schedule, DEMO / "pretraining",
           lambda: load_checkpoint(model, start))
-    save_model(DEMO / "source", model, config, start)
+    save_model(DEMO / "source", model, config, start, start)
     if is_rank_0():
         shutil.rmtree(DEMO / "pretraining", ignore_errors=True)
 
@@ -1634,6 +1727,10 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     add("--benchmark", nargs="?", type=int, const=10, metavar="STEPS", help="time so many steps "
         "(10) of a model of --model's shape, with random weights and tokens; writes nothing")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
+    add("--cpu-offload", action="store_true", help="keep weights, gradients and Adam's moments in "
+        "the host's memory, and a block at a time on the GPU: for a model that it cannot hold")
+    add("--compile", action="store_true", help="torch.compile each block: a minute at the start, "
+        "then less time a step (on a CPU hardly)")
     defaults = {f.name: f.default for f in dataclasses.fields(Arguments)
                 if f.default is not dataclasses.MISSING and f.name != "method"}
     parser.set_defaults(**defaults, joint=False)
