@@ -2736,7 +2736,8 @@ def test_too_little_memory_for_training(alone, trained, tmp_path, monkeypatch):
     kept = {n: w[: len(w) // 4] if "k_proj" in n or "v_proj" in n else w
             for n, w in source.weights.items()}
     shards, work = needed()
-    assert shards == sum(16 * w.numel() for w in kept.values()) + m._n_bytes(source.weights.values())
+    assert shards == (sum(16 * w.numel() for w in kept.values())
+                      + m._n_bytes(source.weights.values()))
     assert shards - needed(train="attention")[0] == sum(
         12 * w.numel() for n, w in kept.items() if "mlp" in n or "embed" in n or "head" in n)
 

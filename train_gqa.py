@@ -454,7 +454,7 @@ class Objective:
 
 
 def max_logits(device: torch.device) -> int:
-    """How many logits a loss holds at once: those of 512 predictions over 32,000, on a GPU 2,048."""
+    """How many logits a loss holds at once: of 512 predictions over 32,000, on a GPU 2,048."""
     return 2 ** (26 if device.type == "cuda" else 24)
 
 
