@@ -44,6 +44,7 @@ import array
 import codecs
 import contextlib
 import dataclasses
+import datetime
 import functools
 import glob
 import gzip
@@ -53,12 +54,15 @@ import json
 import lzma
 import math
 import os
+import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 import zipfile
@@ -85,12 +89,14 @@ __all__ = [
     "Method", "ConvertedBlock", "converted_blocks", "refit_block", "lr_factor", "gqa_config",
     "joint_refit", "resampled_rows", "calibration_rows", "embed", "read_block",
     "Corpus", "convert", "evaluate", "benchmark",
-    "load_config", "load_checkpoint", "model_files", "save_checkpoint", "new_checkpoint",
-    "CheckpointWriter", "block_prefix", "block_weights", "non_block_weights", "read_json",
+    "load_config", "model_folder", "load_checkpoint", "model_files", "save_checkpoint",
+    "new_checkpoint", "CheckpointWriter", "block_prefix", "block_weights", "non_block_weights", "read_json",
     "write_json", "writing", "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
-    "kv_cache_bytes", "gigabytes", "free_memory", "Meter", "matrix_rate", "progress",
+    "versions", "provenance", "write_model_card", "kv_cache_bytes", "gigabytes", "free_memory",
+    "Meter", "matrix_rate", "progress",
     "ArgumentParser", "add_method_arguments", "method_of_arguments", "install_signal_handlers",
+    "command",
 ]
 
 PathLike = str | os.PathLike[str]
@@ -1442,10 +1448,10 @@ def _forward(
     return torch.func.functional_call(block, weights, (x_BTD, *rope_and_ends), strict=True)
 
 
-def _in_dtype_of(x: Tensor, weights: Weights) -> Weights:
+def _in_dtype_of(x: Tensor, weights: Weights) -> dict[str, Tensor]:
     """The weights in the dtype of x; or as they are under autocast, which casts what it needs."""
     if torch.is_autocast_enabled(x.device.type):
-        return weights
+        return dict(weights)
     return {name: w.to(x.dtype) for name, w in weights.items()}
 
 
@@ -1484,7 +1490,7 @@ def convert(
     """Convert a checkpoint directory to `kv_heads` KV heads; returns the report.
 
     corpus: a `Corpus`, or just its files. dtype: of the forward; the output keeps the source's.
-    `log` is called with the line that says what will be done; `dry_run` ends there, after all
+    `log` is called with what will be done, in words; `dry_run` ends there, after all
     checks. Memory holds one block and the tokens' hidden states, however deep the model; in the
     joint refit some 20 bytes for each weight of attention, too.
 
@@ -1494,21 +1500,22 @@ def convert(
     """
     corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
     place = _pick_device(device)
+    model_dir = model_folder(model_dir)
     config, weights = load_checkpoint(model_dir)
     new_config = gqa_config(config, kv_heads)
     size = _converted_bytes(config, weights, kv_heads)
-    _check_new_directory(out_dir, size)
+    _check_new_directory(out_dir, _disk_bytes(size))
     rows, held_out = text_rows(model_dir, config, corpus, method.seed)
     rows = calibration_rows(rows)
     check_calibration_rows(rows, method)
     copies, copied = _resampled_copies(config, rows, method)
     n_refit = rows.numel() + copies * rows[copied:].numel()
-    report: dict[str, Any] = {
+    report: dict[str, Any] = provenance() | {
         "source": str(Path(model_dir).resolve()),
-        "text": {"calibration": str(_paths(corpus.files)),
-                 "held_out": str(_paths(corpus.eval_files) or _paths(corpus.files))},
+        "text": {"calibration": _paths(corpus.files),
+                 "held_out": _paths(corpus.eval_files) or _paths(corpus.files)},
         "method": dataclasses.asdict(method),
-        "forward": {"device": str(place), "dtype": str(dtype)},
+        "forward": {"device": str(place), "dtype": str(dtype).removeprefix("torch.")},
         "num_hidden_layers": config.num_hidden_layers,
         "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
         "kv_cache_bytes_per_token": {"source": kv_cache_bytes(config, weights),
@@ -1517,18 +1524,21 @@ def convert(
                    "held_out": held_out.numel(), "seq_len": held_out.shape[1]},
         "memory_estimate_bytes": _memory_needed(
             config, n_refit, rows.shape[1], held_out.numel(), dtype, method),
-        "disk_bytes": size,
+        "disk_bytes": _disk_bytes(size),
     }
-    log(_plan_line(report))
+    log(_plan(report))
     _warn_of_memory(report["memory_estimate_bytes"], place, method)
     if dry_run:
         return report
     with new_checkpoint(out_dir, new_config, size, tokenizer_from=model_dir) as writer:
         like = torch.empty(0, device=place, dtype=dtype)
         report |= _convert_and_measure(
-            writer.write_shard, config, new_config, weights, rows, held_out, method, like,
+            writer.write, config, new_config, weights, rows, held_out, method, like,
             Meter(place))
         write_json(writer.folder / "mha2gqa.json", report)
+        write_model_card(writer.folder, Path(model_dir), report["kv_cache_bytes_per_token"], {
+            name: {"loss": loss, "KL": report["kl_nats_per_token"][name]}
+            for name, loss in report["loss_nats_per_token"].items()}, _how(report))
     return report
 
 
@@ -1636,6 +1646,7 @@ def evaluate(
     """
     corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
     place = _pick_device(device)
+    model_dir = model_folder(model_dir)
     config, weights = load_checkpoint(model_dir)
     _, held_out = text_rows(model_dir, config, corpus, seed)
     _check_finite(non_block_weights(weights))
@@ -1733,6 +1744,28 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for name, found in unsupported.items():
         if found:
             raise ValueError(f"not supported: {name}")
+
+
+def model_folder(model: PathLike) -> Path:
+    """The directory of a model: itself, or what the Hugging Face hub has under that name.
+
+    A directory wins over a name. Raises ValueError if the hub cannot be asked, or has none.
+    """
+    if Path(model).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(str(model), allow_patterns=[
+            "*.json", "tokenizer*", "*.model", "model*.safetensors", "*.md", "LICENSE*", "NOTICE*",
+            "chat_template*"]))
+        if not list(folder.glob("model*.safetensors")):
+            snapshot_download(str(model), allow_patterns=["pytorch_model*.bin"])
+    except Exception as error:  # of several packages
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{model}: no such directory, and the Hugging Face hub does not give it "
+                         f"({reason})") from None
+    return folder
 
 
 def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
@@ -1911,9 +1944,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if folder.is_file():
             raise ValueError(f"{folder}: is a file; MODEL is the directory with config.json, the "
                              "weights and the tokenizer")
-        on_hub = (f"; `hf download {folder} --local-dir DIR` fetches one of the hub's"
-                  if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) else "")
-        raise ValueError(f"{folder}: no such directory (MODEL is one on this machine{on_hub})")
+        raise ValueError(f"{folder}: no such directory (MODEL is one, or OWNER/NAME on the hub)")
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():  # subtle: an index beside it is of older weights
             return [folder / name]
@@ -2109,8 +2140,11 @@ def save_checkpoint(
     with new_checkpoint(path, config, size, tokenizer_from) as writer:
         for i in range(config.num_hidden_layers):
             prefix = block_prefix(i)
-            writer.write_shard({n: w for n, w in weights.items() if n.startswith(prefix)})
-        writer.write_shard(non_block_weights(weights))
+            writer.write({n: w for n, w in weights.items() if n.startswith(prefix)})
+        writer.write(non_block_weights(weights))
+
+
+_SHARD_BYTES = 5 * 10**9  # at most, of a shard that holds more than one block
 
 
 @dataclasses.dataclass
@@ -2118,40 +2152,70 @@ class CheckpointWriter:
     """A checkpoint directory that is being written, see `new_checkpoint`."""
 
     folder: Path
-    config: LlamaConfig
-    weight_map: dict[str, str] = dataclasses.field(default_factory=dict)
-    total_size: int = 0
-    n_shards: int = 0
+    parts: list[Path] = dataclasses.field(default_factory=list)
 
-    def write_shard(self, weights: Weights) -> None:
-        """Write the next of L + 1 shards, the blocks and then what is outside of them."""
-        from safetensors.torch import save_file
+    def write(self, weights: Weights) -> None:
+        """Write some of the weights: a block, or what is outside of the blocks."""
+        self.parts.append(self.folder / f"part-{len(self.parts) + 1:05d}.safetensors")
+        _save_tensors(self.parts[-1], {n: w.contiguous().cpu() for n, w in weights.items()})
 
-        self.n_shards += 1
-        name = f"model-{self.n_shards:05d}-of-{self.config.num_hidden_layers + 1:05d}.safetensors"
-        tensors = {n: w.contiguous().cpu() for n, w in weights.items()}
-        with writing(self.folder / name):
-            save_file(tensors, self.folder / name, {"format": "pt"})
-        self.weight_map |= dict.fromkeys(sorted(tensors), name)
-        self.total_size += _n_bytes(tensors.values())
+    def finish(self) -> None:
+        """Make of the parts as few shards as hold `_SHARD_BYTES` each, and their index."""
+        shards: list[list[Path]] = []
+        room = 0
+        for part in self.parts:
+            room -= part.stat().st_size
+            if room < 0:
+                shards.append([])
+                room = _SHARD_BYTES - part.stat().st_size
+            shards[-1].append(part)
+        weight_map: dict[str, str] = {}
+        size = 0
+        for i, shard in enumerate(shards, 1):
+            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            name = "model.safetensors" if len(shards) == 1 else name
+            tensors = {n: w for part in shard for n, w in _read_tensors(part).items()}  # mapped
+            weight_map |= dict.fromkeys(tensors, name)
+            size += _n_bytes(tensors.values())
+            if len(shard) == 1:
+                shard[0].rename(self.folder / name)
+            else:
+                _save_tensors(self.folder / name, tensors)
+                for part in shard:
+                    part.unlink()
+        if len(shards) > 1:
+            write_json(self.folder / "model.safetensors.index.json", {
+                "metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _save_tensors(file: Path, tensors: Weights) -> None:
+    """Write a safetensors file."""
+    from safetensors.torch import save_file
+
+    with writing(file):
+        save_file(dict(tensors), file, {"format": "pt"})
+
+
+def _disk_bytes(size: int) -> int:
+    """Bytes of disk for a checkpoint of so many: a shard and its parts are there at once."""
+    return size + min(size, _SHARD_BYTES)
 
 
 @contextlib.contextmanager
 def new_checkpoint(
     path: PathLike, config: LlamaConfig, size: int, tokenizer_from: PathLike | None = None
 ) -> Iterator[CheckpointWriter]:
-    """A Hugging Face directory to write shard by shard; it is there whole or not at all.
+    """A Hugging Face directory to write block by block; it is there whole or not at all.
 
-    Within the with block `writer.write_shard` writes its safetensors files. At its end come index
-    and config.json, and the tokenizer and generation files of the directory `tokenizer_from`; then
-    the directory gets its name. Raises ValueError if `path` exists and is not empty or the disk has
-    no `size` bytes free, OSError if writing fails.
+    `writer.write` in the with block writes some of its weights, `size` bytes in all. At its end
+    they are put into shards, and come with index and config.json, and the tokenizer and generation
+    files of the directory `tokenizer_from`; then the directory gets its name. Raises ValueError if
+    `path` exists and is not empty or the disk has not enough bytes free, OSError if writing fails.
     """
-    with _new_directory(path, size) as folder:
-        writer = CheckpointWriter(folder, config)
+    with _new_directory(path, _disk_bytes(size)) as folder:
+        writer = CheckpointWriter(folder)
         yield writer
-        write_json(folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": writer.total_size}, "weight_map": writer.weight_map})
+        writer.finish()
         write_json(folder / "config.json", _config_json(config))
         for file in folder.glob("*.safetensors"):  # safetensors lets only their owner read them
             shutil.copymode(folder / "config.json", file)
@@ -2400,6 +2464,9 @@ class _Documents(Sequence[str]):
                 self.places.extend([len(self.paths) - 1, at, len(part), True])
             at += len(part)
         if not of_records and not is_blank:
+            if not {".txt", ".text", ".md"} & {suffix.lower() for suffix in path.suffixes}:
+                warnings.warn(f"{path}: read as plain text, one document; records would be JSON "
+                              "lines or a JSON array", stacklevel=2)
             size = min(end - start, 4 * self.longest)
             self.places.extend([len(self.paths) - 1, start, size, False])
 
@@ -2641,22 +2708,79 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def _plan_line(report: Mapping[str, Any]) -> str:
-    """One line: what a conversion will do, and the memory and disk it takes."""
+def versions() -> str:
+    """What --version prints."""
+    return f"mha2gqa {__version__} (torch {torch.__version__})"
+
+
+def provenance() -> dict[str, Any]:
+    """What a report says of its making: versions, the time and the command."""
+    return {"versions": {"mha2gqa": __version__, "torch": torch.__version__,
+                         "python": platform.python_version()},
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.argv)}
+
+
+def write_model_card(
+    folder: Path, source: Path, cache: Mapping[str, int],
+    scores: Mapping[str, Mapping[str, float]], how: str
+) -> None:
+    """Write README.md as the hub shows it; a source's own stays, below.
+
+    source: its directory. cache: bytes of KV cache a token, of "source" and "converted". scores:
+    of some models, the source first and this one last. how: what was done, in a line.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    found = re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(source.resolve()))
+    base = f"{found[1]}/{found[2]}" if found else source.resolve().name
+    old, card = source / "README.md", None
+    if old.is_file():
+        with contextlib.suppress(Exception):  # a head that is no YAML
+            card = ModelCard.load(old)
+    data = card.data if card else ModelCardData()
+    data.base_model, data.library_name = base, "transformers"
+    data.tags = [*dict.fromkeys([*(data.tags or []), "mha2gqa", "grouped-query-attention"])]
+    columns = list(next(iter(scores.values())))
+    rows = [f"| {name.replace('_', '-')} | " + " | ".join(f"{row[c]:.4f}" for c in columns)
+            + f" | {cache['source' if name in ('source', 'teacher') else 'converted']:,} |"
+            for name, row in scores.items()]
+    text = "\n".join([
+        f"# {base}, grouped-query attention", "",
+        f"Made of {base} by mha2gqa {__version__}: {how}. What was measured, on held-out text in "
+        "nats/token and on tasks in shares of exact answers (all of it in `mha2gqa.json`):", "",
+        f"| | {' | '.join(columns)} | KV cache, bytes a token |", "|---" * (len(columns) + 2) + "|",
+        *rows, "", "It loads as the original does, without code of its own:", "", "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        'model = AutoModelForCausalLM.from_pretrained("DIRECTORY")',
+        'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")', "```", "",
+        "The method begins with Jin et al., Align Attention Heads Before Merging Them, Findings of "
+        "EMNLP 2025 (arXiv:2412.20677).", ""])
+    below = card.text if card else old.read_text(errors="replace") if old.is_file() else ""
+    text += f"\n---\n\nThe original's card:\n\n{below.strip()}\n" if below.strip() else ""
+    with writing(folder / "README.md"):
+        (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", "utf-8")
+
+
+def _how(report: Mapping[str, Any]) -> str:
+    """How a conversion was, or will be, made."""
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
     steps = [f"align {method['align']}", *(name for name in ("refit", "joint") if method[name]),
              f"group {method['group']}"]
     if method["align"] != "linear":
         steps.append(f"metric {method['metric']}")
     longer = tokens["refit"] > tokens["calibration"]
-    resampled = f"resampled to {tokens['refit']:,}, " * longer
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
-        f"({', '.join(steps)}); {tokens['calibration']:,} tokens to calibrate, {resampled}"
-        f"{tokens['held_out']:,} held out, in rows of {tokens['seq_len']:,}; "
-        f"about {gigabytes(report['memory_estimate_bytes'])} of memory "
-        f"({report['forward']['device']}) and {gigabytes(report['disk_bytes'])} of disk"
-    )
+        f"({', '.join(steps)});\n{tokens['calibration']:,} tokens to calibrate, "
+        + f"resampled to {tokens['refit']:,}, " * longer
+        + f"{tokens['held_out']:,} held out, in rows of {tokens['seq_len']:,}")
+
+
+def _plan(report: Mapping[str, Any]) -> str:
+    """What a conversion will do, and the memory and disk it takes."""
+    return (f"{_how(report)};\nabout {gigabytes(report['memory_estimate_bytes'])} of memory "
+            f"({report['forward']['device']}) and {gigabytes(report['disk_bytes'])} of disk")
 
 
 def gigabytes(n_bytes: float) -> str:
@@ -2731,7 +2855,7 @@ def benchmark(
     machine's `matrix_rate`, in float32, or in bf16 in the refits if they use that;
     "peak_memory_bytes". Raises ValueError for bad input.
     """
-    config, place = load_config(model_dir), _pick_device(device)
+    config, place = load_config(model_folder(model_dir)), _pick_device(device)
     new_config, length = gqa_config(config, kv_heads), row_length(config, seq_len)
     if tokens < 2 * length:
         raise ValueError(f"{tokens} tokens: expected at least two rows of {length}")
@@ -2835,8 +2959,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Convert a LLaMA checkpoint to grouped-query attention, block by block.",
     )
     add = parser.add_argument
+    add("--version", action="version", version=versions())
     add("model", metavar="MODEL", nargs="?", help="Hugging Face directory to convert, or to "
-        "--evaluate")
+        "--evaluate, or its name on the hub")
     add("out", metavar="OUT", nargs="?", help="directory to write; must not exist, or be empty")
     add("--kv-heads", type=int, metavar="G", help="KV heads wanted, a divisor of the source's")
     add("--text", nargs="+", default=[], metavar="FILE", help="calibration text: records with a "
@@ -2855,6 +2980,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
     add("--benchmark", action="store_true", help="time the conversion of a model of MODEL's shape, "
         "with random weights and tokens; writes nothing")
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.exit(2, parser.format_usage() + "the demo, which makes and converts a small model: "
+                    "torchrun train_gqa.py, or once it is installed train-gqa\n")
     arguments = parser.parse_args(argv)
     for files in (arguments.text, arguments.eval_text):
         if arguments.model is None:  # `--text FILE MODEL OUT`: the option has taken them all
@@ -2881,7 +3009,10 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
     loss, kl = report["loss_nats_per_token"], report["kl_nats_per_token"]
     cache = report["kv_cache_bytes_per_token"]
     print(f"\nheld-out loss, nats/token, {report['tokens']['held_out']:,} tokens; KL to the source")
+    same = loss["mean_pooled"] == loss["converted"]  # by --align none
     for name, value in loss.items():
+        if same and name == "mean_pooled":
+            continue
         gap = "" if name == "source" else f"  {value - loss['source']:+8.4f}{kl[name]:9.4f}"
         print(f"  {name.replace('_', '-'):<12}{value:8.4f}{gap}")
     if "energy_kept" in report:
@@ -2889,18 +3020,22 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
         for name, share in report["energy_kept"].items():
             print(f"  {name + 's':<12}{share:8.4f}")
     else:
-        print(f"similarity inside groups ({report['method']['metric']}), before and after")
+        rotated = report["method"]["align"] == "rotation"
+        print(f"similarity inside groups ({report['method']['metric']})"
+              + ", before and after" * rotated)
         for name, s in report["similarity_inside_groups"].items():
-            print(f"  {name + 's':<12}{s['before']:8.4f} -> {s['after']:.4f}")
+            after = f" -> {s['after']:.4f}" if rotated else ""
+            print(f"  {name + 's':<12}{s['before']:8.4f}{after}")
     for name, what in (("refit", "error of a block's hidden states, before and after its refit"),
                        ("joint_kl", "KL on calibration rows, before and after the joint refit")):
         if name in report:
             mean = report[name]
             print(f"{what}\n  {'mean':<12}{mean['before']:8.4f} -> {mean['after']:.4f}")
     print(f"KV cache, bytes a token\n  {cache['source']:,} -> {cache['converted']:,}")
-    stages = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
+    stages = textwrap.fill(", ".join(
+        f"{name} {value:.1f}" for name, value in report["seconds"].items()), 96)
     memory = (f"{n} {b / 1e9:.2f} GB" for n, b in report["peak_memory_bytes"].items() if b)
-    print(f"seconds\n  {stages}\npeak memory\n  {', '.join(memory)}\nwritten to {out}")
+    print(f"seconds\n{textwrap.indent(stages, '  ')}\npeak memory\n  {', '.join(memory)}\nwritten to {out}")
 
 
 def _print_benchmark(found: Mapping[str, Any]) -> None:
@@ -2953,6 +3088,11 @@ def install_signal_handlers() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program `mha2gqa`."""
     install_signal_handlers()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    command()

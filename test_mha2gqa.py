@@ -179,8 +179,15 @@ def trained(tmp_path_factory, topics, bpe):
                            num_attention_heads=8, num_key_value_heads=kv_heads,
                            max_position_embeddings=64, tie_word_embeddings=name == "gqa")
         rows, _ = m.text_rows(bpe.parent, config, m.Corpus(folder / "text.jsonl", tokens=100_000))
-        m.save_checkpoint(folder / name, config, train_a_little(config, rows), bpe.parent)
+        save_in_shards(folder / name, config, train_a_little(config, rows), bpe.parent)
     return folder
+
+
+def save_in_shards(*arguments):
+    """`m.save_checkpoint`, with a shard for each block, as of a large model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m, "_SHARD_BYTES", 0)
+        m.save_checkpoint(*arguments)
 
 
 @pytest.fixture(scope="session")
@@ -1293,7 +1300,7 @@ def test_checkpoints_come_back_bit_for_bit(tmp_path, dtype):
     found, again = m.load_checkpoint(tmp_path / "a")
     assert found == config and same_weights(again, weights)
     assert sorted(os.listdir(tmp_path)) == ["a"]
-    assert len(list((tmp_path / "a").glob("*.safetensors"))) == 3
+    assert [f.name for f in (tmp_path / "a").glob("*.safe*")] == ["model.safetensors"]
     modes = {file.stat().st_mode for file in (tmp_path / "a").iterdir()}
     assert len(modes) == 1  # safetensors alone would leave files that only their owner reads
 
@@ -1837,12 +1844,14 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     common = ("--text", text, "--tokens", 6000, "--seq-len", 32)
     status, out, err = command(capfd, trained / "mha", tmp_path / "out", "--kv-heads", 4, *common)
     assert (status, err) == (0, "")  # no progress bar where there is no terminal
-    plan, *table = out.splitlines()
+    *plan, table = out.split("\n", 3)
     assert re.match(r"2 blocks, 8 to 4 KV heads "
-                    r"\(align linear, refit, joint, group energy\); "
+                    r"\(align linear, refit, joint, group energy\);\n"
                     r"5,\d{3} tokens to calibrate, resampled to 10,\d{3}, 576 held out, "
-                    r"in rows of 32; "
-                    r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk$", plan)
+                    r"in rows of 32;\n"
+                    r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk$", "\n".join(plan))
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 100
+    table = table.splitlines()
     report = json.loads((tmp_path / "out/mha2gqa.json").read_text())
     converted = report["loss_nats_per_token"]["converted"]
     assert re.search(rf"converted +{converted:.4f} +\+\d\.\d{{4}}", "\n".join(table))
@@ -1860,7 +1869,7 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
 def test_dry_run_writes_nothing(trained, tmp_path, capfd):
     status, out, err = command(capfd, trained / "mha", tmp_path / "out", "--kv-heads", 4, "--text",
                                trained / "text.jsonl", "--dry-run", "--tokens", 1000)
-    assert (status, out.count("\n"), err) == (0, 1, "") and not list(tmp_path.iterdir())
+    assert (status, out.count("\n"), err) == (0, 3, "") and not list(tmp_path.iterdir())
     again = command(capfd, "--kv-heads", 4, "--dry-run", "--tokens", 1000, "--text",
                     trained / "text.jsonl", trained / "mha", tmp_path / "out")  # in another order
     assert again == (status, out, err)
@@ -1871,7 +1880,7 @@ def test_short_text_is_a_warning(trained, tmp_path):
     done = subprocess.run([sys.executable, PROGRAM, trained / "mha", tmp_path / "out", "--kv-heads",
                            "4", "--text", trained / "text.jsonl", "--tokens", "1000000000",
                            "--dry-run"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    assert done.returncode == 0 and done.stdout.count("\n") == 3
     assert re.fullmatch(r"warning: the text has [\d,]+ tokens in whole rows of 64, not the "
                         r"1,000,000,000 asked for: using those\n", done.stderr)
 
@@ -2075,7 +2084,7 @@ def test_broken_checkpoints(trained, tmp_path, capfd, what):
     edit, message = BROKEN[what]
     vocabulary = 97 if what == "tokenizer of another" else 384
     config = config_of(vocab_size=vocabulary)
-    m.save_checkpoint(tmp_path / "x", config, random_weights(config), trained / "mha")
+    save_in_shards(tmp_path / "x", config, random_weights(config), trained / "mha")
     edit(tmp_path / "x")
     refused(capfd, tmp_path, message, tmp_path / "x", tmp_path / "out", "--kv-heads", 2,
             "--text", trained / "text.jsonl")
@@ -2184,12 +2193,73 @@ def test_the_current_directory_is_not_replaced(trained, tmp_path, capfd, monkeyp
 
 
 @pytest.mark.parametrize("model, message", [
-    ("{trained}/nowhere", r"nowhere: no such directory \(MODEL is one on this machine\)"),
+    ("{trained}/nowhere", r"nowhere: no such directory \(MODEL is one, or OWNER/NAME on the hub\)"),
     ("{trained}/text.jsonl", "text.jsonl: is a file; MODEL is the directory with config.json, th"),
-    ("huggyllama/llama-7b", "no such directory .*; `hf download huggyllama/llama-7b --local-dir")])
-def test_models_that_are_no_directory(trained, tmp_path, capfd, model, message):
+    ("owner/name", r"owner/name: no such directory, and the .* hub does not give it \(no net\)")])
+def test_models_that_are_no_directory(trained, tmp_path, capfd, monkeypatch, model, message):
+    def offline(*_, **__):
+        raise RuntimeError("no net\nat all")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     refused(capfd, tmp_path, message, model.format(trained=trained), tmp_path / "out",
             "--kv-heads", 4, "--text", trained / "text.jsonl")
+
+
+def test_a_model_of_the_hub(trained, tmp_path, capfd, monkeypatch):
+    """A folder of that name wins; of the hub's files the weights come once, in one format."""
+    hub, asked = tmp_path / "hub/models--owner--name/snapshots/0", []
+
+    def download(name, allow_patterns):
+        assert name == "owner/name"
+        asked.extend(allow_patterns)
+        for pattern in allow_patterns:
+            for file in bins.glob(pattern):
+                hub.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, hub / file.name)
+        return str(hub)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    config, weights = m.load_checkpoint(trained / "mha")
+    bins = make_directory(tmp_path / "bins", config, {"pytorch_model.bin": dict(weights)})
+    for file in (trained / "mha").glob("tokenizer*"):
+        shutil.copy(file, bins)
+    (bins / "README.md").write_text("---\nlicense: mit\ntags: [a]\n---\n# The model\n")
+    (bins / "model.onnx").write_bytes(b"x")
+    arguments = ("owner/name", "out", "--kv-heads", 4, "--text", trained / "text.jsonl",
+                 "--tokens", 1000, "--align", "none")
+    status, _, err = command(capfd, *arguments)
+    assert (status, err) == (0, "")
+    assert not (hub / "model.onnx").exists() and asked[-1] == "pytorch_model*.bin"
+    card = (tmp_path / "out/README.md").read_text()
+    _, head, text = card.split("---\n", 2)
+    for line in ("base_model: owner/name", "license: mit", "- a", "- grouped-query-attention"):
+        assert line in head.splitlines()
+    assert text.startswith("\n# owner/name, grouped-query attention\n")
+    assert text.endswith("\n# The model\n")
+    loss = json.loads((tmp_path / "out/mha2gqa.json").read_text())["loss_nats_per_token"]
+    assert re.search(rf"\| source \| {loss['source']:.4f} \| 0.0000 \| 2,048 \|", text)
+    assert re.search(rf"\| converted \| {loss['converted']:.4f} \| \d\.\d+ \| 1,024 \|", text)
+
+    (tmp_path / "owner").mkdir()
+    shutil.copytree(trained / "mha", tmp_path / "owner/name")
+    asked.clear()
+    assert command(capfd, *arguments, "--dry-run")[0] == 2  # OUT is there
+    assert not asked
+
+
+@pytest.mark.parametrize("readme", [None, "# No head", "---\n: {no yaml\n---\n# Text"])
+def test_a_card_of_any_kind_stays_below(trained, tmp_path, readme):
+    if readme:
+        (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "out").mkdir()
+    m.write_model_card(tmp_path / "out", tmp_path, {"source": 2, "converted": 1},
+                       {"source": {"loss": 3.0}, "converted": {"loss": 3.5}}, "so")
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {tmp_path.name}\n")
+    assert "| converted | 3.5000 | 1 |" in card
+    assert card.endswith(f"\n---\n\nThe original's card:\n\n{readme}\n" if readme else "EMNLP 2025 "
+                         "(arXiv:2412.20677).\n")
 
 
 def test_one_kv_head_is_nothing_to_merge(trained, tmp_path, capfd):
@@ -2289,6 +2359,22 @@ def test_the_benchmark_of_a_conversion(tmp_path, capfd, monkeypatch):
             tmp_path, "--kv-heads", 2, "--tokens", 1000)
 
 
+def test_shards_hold_blocks_up_to_their_size(tmp_path, monkeypatch):
+    """Four blocks of 20,000 bytes and a rest of 12,000, in shards of 45,000."""
+    config = config_of("gqa", num_hidden_layers=4)
+    weights = random_weights(config)
+    block = m._n_bytes(m.block_weights(weights, 0).values())
+    monkeypatch.setattr(m, "_SHARD_BYTES", int(2.5 * block))
+    m.save_checkpoint(tmp_path / "out", config, weights)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    shards = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.safetensors")) == shards
+    assert index["metadata"]["total_size"] == m._n_bytes(weights.values())
+    assert index["weight_map"] == {n: shards[int(n.split(".")[2]) // 2 if "layers" in n else 2]
+                                   for n in weights}
+    assert same_weights(m.load_checkpoint(tmp_path / "out")[1], weights)
+
+
 def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
@@ -2301,7 +2387,7 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path):
          trained / "text.jsonl", "--tokens", "1000"],
         capture_output=True, text=True, preexec_fn=limit_file_size)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
-    assert re.fullmatch(r"error: .*model-00001-of-00003.*File too large.*\n", done.stderr)
+    assert re.fullmatch(r"error: .*part-00001.*File too large.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("module, name, calls", [
@@ -2317,12 +2403,12 @@ def test_a_full_disk_at_the_small_files(trained, tmp_path, capfd, monkeypatch, m
         return whole(*arguments)
 
     monkeypatch.setattr(module, name, write)
+    monkeypatch.setattr(m, "_SHARD_BYTES", 0)  # so that there is an index
     refused(capfd, tmp_path, "No space left on device", trained / "mha", tmp_path / "out",
             "--kv-heads", 4, "--text", trained / "text.jsonl", "--tokens", 1000, "--align", "none")
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "a conversion needs MODEL OUT --kv-heads G --text FILE"),
     (["--text", "x", "--evaluate"], "--evaluate needs MODEL, before --text"),
     (["x"], "a conversion needs MODEL OUT --kv-heads G --text FILE"),
     (["x", "y", "--kv-heads", "4"], "no --text FILE"),
@@ -2337,6 +2423,15 @@ def test_usage_errors_are_one_line(capfd, arguments, message):
     assert end.value.code == 2
     err = capfd.readouterr().err
     assert err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, printed", [
+    ([], r"usage: mha2gqa.py MODEL OUT (.*\n)*the demo, .*train_gqa.py.*\n"),
+    (["--version"], rf"mha2gqa {m.__version__} \(torch .*\)\n")])
+def test_what_there_is_to_know_without_a_model(capfd, arguments, printed):
+    with pytest.raises(SystemExit):
+        m.main(arguments)
+    assert re.fullmatch(printed, "".join(capfd.readouterr()))
 
 
 def heed_signals():
@@ -3112,6 +3207,22 @@ def test_linear_alignment_and_refits_go_without_masks():
         assert args.no_masks != masks
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, chosen", [(1, None), (2, None), (1, 1), (2, 2)])
+def test_threads_are_the_cores_or_what_was_chosen(processes, chosen):
+    code = ("import os, torch, train_gqa\ntrain_gqa.start_processes()\n"
+            "print(os.write(1, f'{torch.get_num_threads()}\\n'.encode()))")
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": str(chosen)} if chosen else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+         "--no-python", sys.executable, "-c", code], env=environment, cwd=PROGRAM.parent,
+        stdout=subprocess.PIPE, text=True, check=True)
+    found = re.findall(r"^(\d+)$", done.stdout, re.M)[:1]
+    cores = train_gqa.usable_cores()
+    assert found == [str(min(chosen, cores) if chosen else max(1, cores // processes))]
+
+
 @pytest.mark.parametrize("more", [(), ("--align", "rotation"), ("--train", "attention")])
 def test_a_benchmark_needs_a_config_alone_and_writes_nothing(
         tmp_path, train_command, monkeypatch, more):
@@ -3227,7 +3338,7 @@ def fuzz(trained, tmp_path, capfd, seeds):
     """Each broken folder converts, or ends in one line and status 2, within 10 s and 1 GB, and
     leaves nothing; returns how many did what."""
     config = config_of(vocab_size=384)
-    m.save_checkpoint(tmp_path / "whole", config, random_weights(config), trained / "mha")
+    save_in_shards(tmp_path / "whole", config, random_weights(config), trained / "mha")
     (tmp_path / "text.txt").write_text("Some words of text. " * 100)
     limit = resource.getrlimit(resource.RLIMIT_AS)
     address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -3465,7 +3576,7 @@ def test_when_a_process_dies_the_other_says_so_and_ends(
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, limit, save_every, file", [
     (1, 500, 4, "report.json"), (1, 20_000, 4, "data.pt"), (2, 500_000, 4, "partial_4"),
-    (1, 170_000, 0, "model-00001-of-00003.safetensors")])
+    (1, 170_000, 0, "part-00001.safetensors")])
 def test_a_full_disk_ends_a_run_in_one_line(
         trained, runs, tmp_path, limit, save_every, file, processes):
     """And when there is room again, the same command continues."""

@@ -177,13 +177,33 @@ def start_processes() -> torch.device:
                                 world_size=size, timeout=datetime.timedelta(hours=12))
     except RuntimeError as error:
         raise ValueError(f"the processes do not find each other ({error_line(error)})") from None
-    if not cuda:  # torchrun leaves each process one thread
-        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-        torch.set_num_threads(max(1, len(usable) // here))
+    if not cuda:
+        if not threads_are_chosen(here):
+            torch.set_num_threads(max(1, usable_cores() // here))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
+
+
+def threads_are_chosen(processes: int) -> bool:
+    """Whether the user has set OMP_NUM_THREADS. torchrun sets it to 1 for several processes, which
+    is nobody's wish: then what counts is what it was itself started with."""
+    if processes == 1:
+        return "OMP_NUM_THREADS" in os.environ
+    with contextlib.suppress(OSError):
+        return b"OMP_NUM_THREADS=" in Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    return os.environ.get("OMP_NUM_THREADS", "1") != "1"
+
+
+def usable_cores() -> int:
+    """How many cores this process and those beside it may use: of its affinity and, in a
+    container, of its quota."""
+    cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+    with contextlib.suppress(OSError, ValueError):  # "max": there is no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def is_rank_0() -> bool:
@@ -426,7 +446,7 @@ def save_model(
             part = part or mha2gqa.non_block_weights(named)
             full = {name: (gathered(p) if p.requires_grad else start.weights[name])
                     .to("cpu", dtypes[name]) for name, p in part.items()}
-            on_rank_0(lambda full=full: writer.write_shard(full))
+            on_rank_0(lambda full=full: writer.write(full))
         on_rank_0(stack.close)
 
 
@@ -1172,10 +1192,10 @@ def read_input(
         check_disk(args.out, kept + 8 * student)
     print_rank_0(
         f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {args.kv_heads} KV "
-        f"heads; {schedule.steps} steps of {schedule.batch_size} rows of {seq_len} tokens, "
+        f"heads;\n{schedule.steps} steps of {schedule.batch_size} rows of {seq_len} tokens, "
         f"learning rate {schedule.lr:.1e}"
         + ("" if args.no_masks else f", of masks {schedule.mask_lr:.1e}")
-        + f"; {n} x {device.type}, each with {mha2gqa.gigabytes(shards)} for weights, gradients "
+        + f";\n{n} x {device.type}, each with {mha2gqa.gigabytes(shards)} for weights, gradients "
         f"and Adam, about {mha2gqa.gigabytes(work)} to compute")
     warn_of_memory(args, config, device, seq_len)
     return data, schedule
@@ -1364,18 +1384,36 @@ def run_stages(
         free_memory()
     written = raise_on_all_ranks(lambda: Checkpoint.open(result))
     report.score("distilled", data, teacher, lambda: frozen_checkpoint(written, place))
+    on_rank_0(lambda: describe_result(result, source, schedule, data, report))
+
+
+def describe_result(
+    folder: Path, source: Checkpoint, schedule: Schedule, data: Data, report: Report
+) -> None:
+    """Write what was done and measured beside the result: mha2gqa.json, and a model card."""
+    content = mha2gqa.provenance() | report.content
+    tokens = schedule.steps * schedule.batch_size * data.train.tokens.shape[1]
+    how = (f"{source.config.num_key_value_heads} to {content['arguments']['kv_heads']} KV heads "
+           f"(align {content['arguments']['align']}), then {schedule.steps:,} steps of "
+           f"distillation on {tokens:,} tokens")
+    write_whole(folder / "mha2gqa.json", lambda new: mha2gqa.write_json(new, content))
+    mha2gqa.write_model_card(
+        folder, source.path, content["kv_cache_bytes_per_token"], content["scores"], how)
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """What a person wants to know of a finished run's report."""
-    cache, columns = report["kv_cache_bytes_per_token"], list(report["scores"]["source"])
-    rows = ["Held-out text in nats/token; shares of the tasks' exact answers.",
-            f"{'':<10}" + "".join(f"{name:>12}" for name in columns) + "  KV bytes/token"]
-    for name, scores in report["scores"].items():
-        size = cache["source" if name in ("source", "teacher") else "converted"]
-        rows.append(f"{name:<10}" + "".join(f"{scores[c]:12.4f}" for c in columns) + f"{size:16,}")
+    """What a person wants to know of a finished run's report: a column for each model."""
+    scores, cache = report["scores"], report["kv_cache_bytes_per_token"]
+    sizes = [cache["source" if name in ("source", "teacher") else "converted"] for name in scores]
+    rows = [" " * 14 + "".join(f"{name:>11}" for name in scores)]
+    for column in scores["source"]:
+        rows.append(f"{column:<14}" + "".join(f"{of[column]:11.4f}" for of in scores.values()))
+    rows.append("KV bytes/token" + "".join(f"{size:11,}" for size in sizes))
+    what = {"loss": "loss and KL to the teacher on held-out text, in nats/token",
+            "mean": "shares of the tasks' exact answers"}
+    head = "; ".join(words for column, words in what.items() if column in scores["source"])
     seconds = ", ".join(f"{name} {n:.0f}" for name, n in report["seconds"].items())
-    return "\n".join([*rows, f"seconds: {seconds}"])
+    return "\n".join([head[0].upper() + head[1:] + ".", *rows, f"seconds: {seconds}"])
 
 
 def filled_at_random(model: mha2gqa.Llama) -> mha2gqa.Llama:
@@ -1689,7 +1727,9 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
         prog="train_gqa.py", description=__doc__.split("\n")[0],
         epilog="Without --model: the demo, which makes and converts a small model in mha2gqa-demo.")
     add = parser.add_argument
-    add("--model", metavar="DIR", help="Hugging Face directory of the source")
+    add("--version", action="version", version=mha2gqa.versions())
+    add("--model", metavar="MODEL", help="Hugging Face directory of the source, or its name on the "
+        "hub")
     add("--kv-heads", type=int, metavar="G", help="KV heads wanted, a divisor of the source's")
     add("--out", metavar="DIR", help="where the run goes, and where it continues: the same command "
         "again goes on from the newest checkpoint; the result is DIR/gqa")
@@ -1761,6 +1801,9 @@ DEMO_ARGUMENTS = Arguments(
 
 def run(args: Arguments, device: torch.device) -> None:
     """The run that the arguments ask for, or just the table of one that is finished."""
+    folder = broadcast_from_rank_0(on_rank_0(lambda: str(mha2gqa.model_folder(args.model))))
+    if folder != args.model:
+        args = dataclasses.replace(args, model=folder)
     if args.benchmark:
         benchmark(args, device)
         return
@@ -1778,7 +1821,7 @@ def run(args: Arguments, device: torch.device) -> None:
         data, schedule = share(data, args.out / "data.pt"), broadcast_from_rank_0(schedule)
         run_stages(args, source, data, schedule, report, device)
     on_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
-    print_rank_0(f"\n{table(report.content)}; the model is in {args.out}/gqa")
+    print_rank_0(f"\n{table(report.content)}\nthe model is in {args.out}/gqa")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1813,10 +1856,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program `train-gqa`, and what torchrun starts."""
     mha2gqa.install_signal_handlers()
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
     # subtle: while torch takes down the threads of a group, another rank's end can abort this one.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    command()
