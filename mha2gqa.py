@@ -45,10 +45,8 @@ import codecs
 import contextlib
 import dataclasses
 import datetime
-import functools
 import glob
 import gzip
-import inspect
 import itertools
 import json
 import lzma
@@ -90,7 +88,8 @@ __all__ = [
     "joint_refit", "resampled_rows", "calibration_rows", "embed", "read_block",
     "Corpus", "convert", "evaluate", "benchmark",
     "load_config", "model_folder", "load_checkpoint", "model_files", "save_checkpoint",
-    "new_checkpoint", "CheckpointWriter", "block_prefix", "block_weights", "non_block_weights", "read_json",
+    "new_checkpoint", "CheckpointWriter", "block_prefix", "block_weights", "non_block_weights",
+    "read_json",
     "write_json", "writing", "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
     "versions", "provenance", "write_model_card", "kv_cache_bytes", "gigabytes", "free_memory",
@@ -99,6 +98,7 @@ __all__ = [
     "command",
 ]
 
+_HAS_VARLEN = torch.__version__ >= "2.12"  # has `varlen_attn` with the arguments that are used here
 PathLike = str | os.PathLike[str]
 Weights = Mapping[str, Tensor]  # by parameter name; of one block, named as in `Block`
 
@@ -293,10 +293,10 @@ def causal_attention(
     return y_NHE.unflatten(0, (len(q_BHTE), -1)).transpose(1, 2)
 
 
-@torch.compiler.disable  # it would be compiled anew for documents of other lengths
 def _by_documents(attend: Callable[..., Tensor], ends: Tensor, *qkv: Tensor) -> Tensor:
     """`attend` (1, heads, T, E) to one document after the other: (N, H, E)."""
-    documents = zip(*(x.split(ends.diff().tolist()) for x in qkv), strict=True)
+    sizes = ends.diff().tolist()
+    documents = zip(*(x.split(sizes) for x in qkv), strict=True)
     return torch.cat([attend(*(x.transpose(0, 1)[None] for x in document))[0].transpose(0, 1)
                       for document in documents])
 
@@ -311,19 +311,9 @@ def attention_kernel(q: Tensor, packed: bool = False) -> str:
     """
     if q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16):
         return "efficient"
-    if q.is_cuda and packed and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _has_varlen():
+    if q.is_cuda and packed and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _HAS_VARLEN:
         return "varlen"
     return "flash"
-
-
-@functools.cache
-def _has_varlen() -> bool:
-    """Whether this torch has `varlen_attn` with the arguments that it has from 2.12 on."""
-    with contextlib.suppress(ImportError):
-        from torch.nn.attention.varlen import varlen_attn
-
-        return "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return False
 
 
 class MLP(nn.Module):
@@ -440,12 +430,13 @@ def block_statistics(
     float32 at least, and summed up in float64.
     """
     sums: dict[str, Tensor] = {}
-    for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
+    parts = x_BTD.split(max(1, 4096 // x_BTD.shape[1]))
+    for rows in progress(parts, "statistics", len(parts), inside=True):
         y_BTD = _rms_norm(rows, weights["input_layernorm.weight"].to(rows), config.rms_norm_eps)
         for name, gram in (("q_proj", _query_power), ("k_proj", key_gram), ("v_proj", value_gram)):
             weight = weights[f"self_attn.{name}.weight"]
             bias = weights.get(f"self_attn.{name}.bias")
-            with _bf16_on_cuda(rows):
+            with _forward_autocast(rows):
                 heads = F.linear(y_BTD, weight.to(rows), None if bias is None else bias.to(rows))
             heads_NKE = at_least_float32(heads).flatten(0, 1).unflatten(-1, (-1, config.head_dim))
             if metric == "cos" and name != "q_proj":
@@ -1131,9 +1122,11 @@ def converted_blocks(
         del mapped  # in float64: too large to keep through a refit
         lap("merge")
         _run_block_(config, source, source_x, document_BT)
+        if not x_BTD.is_cuda:  # there the lap would wait for it, and it computes while we read
+            lap("calibrate")
         if i + 1 < config.num_hidden_layers:
-            following = read_block(weights, i + 1, x_BTD.device)  # while a GPU still computes
-        lap("calibrate")
+            following = read_block(weights, i + 1, x_BTD.device)
+        lap("calibrate" if x_BTD.is_cuda else "read")
         # source_x now holds the hidden states after the block, which are the refit's target.
         if method.refit:
             converted, report["refit"] = refit_block(
@@ -1226,7 +1219,7 @@ def refit_block(
 
     tokens_BT = x_BTD[..., 0]  # only its shape counts
     fitted, error_of = _fit(_refitted(weights), error, _REFIT_RATE, tokens_BT,
-                            _refit_epochs(tokens_BT.numel()), seed)
+                            _refit_epochs(tokens_BT.numel()), seed, "refit")
     return {**weights, **fitted}, error_of
 
 
@@ -1275,7 +1268,8 @@ def joint_refit(
         del block  # it would outlive the loop
     device, empty = target_BTD.device, _empty_block(gqa_config(config, kv_heads))
     frozen = {name: w for name, w in weights.items() if ".mlp." in name}
-    if 2 * _n_bytes(frozen.values()) < (free_memory(device) or 0):  # else again at each step
+    needed = _n_bytes(frozen.values()) + 24 * sum(w.numel() for w in start.values())
+    if needed < (free_memory(device) or 0):  # or else each block's again in each step
         frozen = {name: w.to(device) for name, w in frozen.items()}
     readout = _readout(config, weights, at_least_float32(target_BTD[:1]))
 
@@ -1295,7 +1289,7 @@ def joint_refit(
         return sum(checkpoint(sum_of_kl, *chunk, use_reentrant=False)
                    for chunk in zip(*chunks, strict=True)) / x_BTD[..., 0].numel()
 
-    fitted, error = _fit(start, kl, _JOINT_RATE, tokens_BT, 1, seed, bar="joint refit")
+    fitted, error = _fit(start, kl, _JOINT_RATE, tokens_BT, 1, seed, "joint refit")
 
     def block_with_report(i, report):
         source = read_block(weights, i, device)
@@ -1343,7 +1337,7 @@ def calibration_rows(rows_BT: Tensor) -> Tensor:
 
 def _fit(
     weights: Weights, loss: Callable[[Weights, Tensor], Tensor], rate: float, tokens_BT: Tensor,
-    epochs: int, seed: int, bar: str = ""
+    epochs: int, seed: int, bar: str
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Minimise `loss(weights, rows)` by Adam; returns (weights, {"before", "after"}).
 
@@ -1351,7 +1345,7 @@ def _fit(
     to their dtype; if it does not fall, or is not finite, the weights stay as they were.
     """
     size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
-    # On the device of the tokens, so that no step waits for it.
+    # On the device of the tokens, so that no step of a block's refit waits for it.
     held_out, rows = torch.arange(len(tokens_BT), device=tokens_BT.device).tensor_split(
         [_held_out_rows(len(tokens_BT))])
     generator = torch.Generator().manual_seed(seed)
@@ -1365,7 +1359,7 @@ def _fit(
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15,
                             fused=device.type == "cuda")
-    for step, batch in enumerate(progress(batches, bar, len(batches)) if bar else batches):
+    for step, batch in enumerate(progress(batches, bar, len(batches), inside=bar == "refit")):
         with torch.enable_grad(), products:
             error = loss(new, batch)
         error.backward()
@@ -1455,13 +1449,20 @@ def _in_dtype_of(x: Tensor, weights: Weights) -> dict[str, Tensor]:
     return {name: w.to(x.dtype) for name, w in weights.items()}
 
 
-def _bf16_on_cuda(x: Tensor) -> torch.autocast:
-    """Autocast for a forward of float32 hidden states: on a GPU its products are made in bf16.
+def _forward_products(x: Tensor) -> torch.dtype:
+    """In what a forward of such hidden states makes its products: on a GPU, of float32 ones, bf16.
 
-    There that is ten times faster. What is added up, streams and Gram matrices, stays in float32.
+    There that is ten times faster. What is added up, hidden states and Gram matrices, stays in
+    float32 or better.
     """
-    fast = x.dtype == torch.float32 and _fast_products({"x": x}) and x.is_cuda
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=fast)
+    fast = x.is_cuda and x.dtype == torch.float32 and _fast_products({"x": x})
+    return torch.bfloat16 if fast else x.dtype
+
+
+def _forward_autocast(x: Tensor) -> torch.autocast:
+    """Autocast to `_forward_products`."""
+    dtype = _forward_products(x)
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=dtype != x.dtype)
 
 
 def _run_block_(
@@ -1469,9 +1470,10 @@ def _run_block_(
 ) -> None:
     """Overwrite the hidden states by those after the block, a few rows at a time."""
     block, size = _empty_block(config), max(1, 4096 // x_BTD.shape[1])
-    with _bf16_on_cuda(x_BTD):
-        weights = _in_dtype_of(x_BTD, weights)  # once for all rows
-        for at in range(0, len(x_BTD), size):
+    with _forward_autocast(x_BTD):
+        weights = _in_dtype_of(x_BTD, weights)  # once for all rows, where it casts
+        places = range(0, len(x_BTD), size)
+        for at in progress(places, "forward", len(places), inside=True):
             rows = slice(at, at + size)
             document = None if document_BT is None else document_BT[rows]
             x_BTD[rows] = _forward(block, weights, x_BTD[rows], document)
@@ -1489,7 +1491,8 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a checkpoint directory to `kv_heads` KV heads; returns the report.
 
-    corpus: a `Corpus`, or just its files. dtype: of the forward; the output keeps the source's.
+    corpus: a `Corpus`, or just its files. dtype: of hidden states and products, but on a GPU those
+    of float32 are made in bf16; the output keeps the source's.
     `log` is called with what will be done, in words; `dry_run` ends there, after all
     checks. Memory holds one block and the tokens' hidden states, however deep the model; in the
     joint refit some 20 bytes for each weight of attention, too.
@@ -1502,6 +1505,7 @@ def convert(
     place = _pick_device(device)
     model_dir = model_folder(model_dir)
     config, weights = load_checkpoint(model_dir)
+    like = torch.empty(config.hidden_size, device=place, dtype=dtype)
     new_config = gqa_config(config, kv_heads)
     size = _converted_bytes(config, weights, kv_heads)
     _check_new_directory(out_dir, _disk_bytes(size))
@@ -1515,7 +1519,8 @@ def convert(
         "text": {"calibration": _paths(corpus.files),
                  "held_out": _paths(corpus.eval_files) or _paths(corpus.files)},
         "method": dataclasses.asdict(method),
-        "forward": {"device": str(place), "dtype": str(dtype).removeprefix("torch.")},
+        "forward": {"device": str(place)} | {name: str(of).removeprefix("torch.") for name, of in (
+            ("dtype", dtype), ("products", _forward_products(like)))},
         "num_hidden_layers": config.num_hidden_layers,
         "kv_heads": {"source": config.num_key_value_heads, "converted": kv_heads},
         "kv_cache_bytes_per_token": {"source": kv_cache_bytes(config, weights),
@@ -1531,7 +1536,6 @@ def convert(
     if dry_run:
         return report
     with new_checkpoint(out_dir, new_config, size, tokenizer_from=model_dir) as writer:
-        like = torch.empty(0, device=place, dtype=dtype)
         report |= _convert_and_measure(
             writer.write, config, new_config, weights, rows, held_out, method, like,
             Meter(place))
@@ -1586,7 +1590,7 @@ def _convert_and_measure(
     x_BTD = embed(weights, rows_BT, like.device, like.dtype)
     blocks: Iterable[ConvertedBlock] = progress(converted_blocks(
         config, weights, x_BTD, kv_heads, method, lap=meter.lap),
-        "blocks", config.num_hidden_layers)
+        "convert", config.num_hidden_layers)
     found = {}
     if method.joint:
         blocks, found["joint_kl"] = joint_refit(
@@ -1651,7 +1655,7 @@ def evaluate(
     _, held_out = text_rows(model_dir, config, corpus, seed)
     _check_finite(non_block_weights(weights))
     x_BTD = embed(weights, held_out, place, dtype)
-    for i in progress(range(config.num_hidden_layers), "blocks", config.num_hidden_layers):
+    for i in progress(range(config.num_hidden_layers), "evaluate", config.num_hidden_layers):
         _run_block_(config, read_block(weights, i, place), x_BTD)
     loss, _ = _mean_scores(config, weights, {"source": x_BTD}, held_out)
     return {"loss_nats_per_token": loss["source"], "held_out_tokens": held_out.numel()}
@@ -2852,8 +2856,8 @@ def benchmark(
 
     Of the directory only config.json is read. Returns "seconds" by stage, which counting makes a
     little longer, and "floor_seconds", what each stage's matrix products would take at this
-    machine's `matrix_rate`, in float32, or in bf16 in the refits if they use that;
-    "peak_memory_bytes". Raises ValueError for bad input.
+    machine's `matrix_rate`, in float32, or in bf16 in the refits, and on a GPU in all, if these use
+    that; "peak_memory_bytes". Raises ValueError for bad input.
     """
     config, place = load_config(model_folder(model_dir)), _pick_device(device)
     new_config, length = gqa_config(config, kv_heads), row_length(config, seq_len)
@@ -2870,13 +2874,13 @@ def benchmark(
              for name, shape in shapes.items() if not re.match(r"model\.layers\.[1-9]", name)}
     weights = {name: first[re.sub(r"^model\.layers\.\d+", "model.layers.0", name)]  # all the same
                for name in shapes}
-    meter, like = _FlopMeter(place), torch.empty(0, device=place)
+    meter, like = _FlopMeter(place), torch.empty(config.hidden_size, device=place)
     with meter.counter:
         _convert_and_measure(lambda shard: None, config, new_config, weights, rows, held_out,
                              method, like, meter)
-    fast = torch.bfloat16 if _fast_products({"": like.new_empty(config.hidden_size)}) else None
+    fast = torch.bfloat16 if _fast_products({"": like}) else None
     rates = {dtype: matrix_rate(place, dtype) for dtype in (torch.float32, fast) if dtype}
-    floor = {stage: n / rates[(fast if "refit" in stage else None) or torch.float32]
+    floor = {stage: n / rates[("refit" in stage or like.is_cuda) and fast or torch.float32]
              for stage, n in meter.flop.items()}
     return {"seconds": meter.seconds, "floor_seconds": floor,
             "flop_per_second": {str(dtype).removeprefix("torch."): r for dtype, r in rates.items()},
@@ -2901,11 +2905,36 @@ def _pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def progress(items: Iterable, what: str, total: int, **options) -> Iterable:
-    """A progress bar with an estimate of the time left, silent when not on a terminal."""
+def progress(
+    items: Iterable, what: str, total: int, inside: bool = False, **options
+) -> Iterable:
+    """A progress bar with an estimate of the time left, and where there is no terminal a line now
+    and then. `inside` another bar it comes when it takes longer than a second, and goes."""
     from tqdm import tqdm
 
-    return tqdm(items, what, total, **{"disable": None, **options})
+    if inside:
+        what, options = f"  {what}", {"leave": False, "delay": 1, **options}
+    if sys.stderr.isatty() or options.get("disable"):
+        return tqdm(items, what, total, **options)
+    return _progress_lines(items, what, total, options.get("initial", 0), inside)
+
+
+def _progress_lines(
+    items: Iterable, what: str, total: int, initial: int, inside: bool,
+    last: list[float] = [0.0]  # noqa: B006
+) -> Iterator:
+    """The items, with a line about every minute. What is inside another shares its `last`."""
+    from tqdm import tqdm
+
+    begin = time.monotonic()
+    last[0] = last[0] if inside else begin
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last[0] > 60:
+            last[0], left = now, (now - begin) / done * (total - initial - done)
+            print(f"{what.strip()} {initial + done:,}/{total:,}, {tqdm.format_interval(left)} left",
+                  file=sys.stderr, flush=True)
 
 
 def _bytes_progress(parts: Iterable[bytes], what: str, total: int | None = None) -> Iterator[bytes]:
@@ -3035,7 +3064,8 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
     stages = textwrap.fill(", ".join(
         f"{name} {value:.1f}" for name, value in report["seconds"].items()), 96)
     memory = (f"{n} {b / 1e9:.2f} GB" for n, b in report["peak_memory_bytes"].items() if b)
-    print(f"seconds\n{textwrap.indent(stages, '  ')}\npeak memory\n  {', '.join(memory)}\nwritten to {out}")
+    print(f"seconds\n{textwrap.indent(stages, '  ')}\npeak memory\n  {', '.join(memory)}")
+    print(f"written to {out}")
 
 
 def _print_benchmark(found: Mapping[str, Any]) -> None:

@@ -164,6 +164,8 @@ def start_processes() -> torch.device:
             raise ValueError(f"the environment has {name}={found!r}, expected a number from "
                              "torchrun; unset it, or start with torchrun")
     cuda, here = torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not threads_are_chosen(here):
+        torch.set_num_threads(max(1, usable_cores() // here))
     if cuda and here > torch.cuda.device_count():
         raise ValueError(f"{here} processes on this machine, which has {torch.cuda.device_count()} "
                          "GPUs: choose another --nproc-per-node")
@@ -178,8 +180,6 @@ def start_processes() -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"the processes do not find each other ({error_line(error)})") from None
     if not cuda:
-        if not threads_are_chosen(here):
-            torch.set_num_threads(max(1, usable_cores() // here))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
@@ -251,9 +251,9 @@ def on_rank_0(function: Callable):
 
 
 def progress(items: Iterable, name: str, total: int, initial: int = 0) -> Iterable:
-    """A progress bar, on rank 0, silent when not on a terminal."""
+    """`mha2gqa.progress` on rank 0, nothing on the others."""
     return mha2gqa.progress(items, name, total, leave=not name.startswith("evaluate"),
-                            initial=initial, disable=None if is_rank_0() else True)
+                            initial=initial, disable=not is_rank_0())
 
 
 # ---- 3 models ------------------------------------------------------------------------------------
@@ -358,7 +358,12 @@ def shard(model: mha2gqa.Llama, place: Place) -> mha2gqa.Llama:
     precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(device.type == "cuda") if place.offload else OffloadPolicy()
     for p in model.parameters():
-        p.data = p.to(torch.float32 if p.requires_grad else dtype)
+        if not p.requires_grad:
+            p.data = p.to(dtype)
+    if place.compiled:
+        torch._dynamo.config.recompile_limit = 64  # all models of a run share a block's code
+        # Documents of other lengths would have it compiled anew.
+        mha2gqa._by_documents = torch.compiler.disable(mha2gqa._by_documents)
     for block in model.model.layers:
         if place.compiled:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
@@ -444,9 +449,10 @@ def save_model(
             prefix = mha2gqa.block_prefix(i)
             part = {name: p for name, p in named.items() if name.startswith(prefix)}
             part = part or mha2gqa.non_block_weights(named)
-            full = {name: (gathered(p) if p.requires_grad else start.weights[name])
-                    .to("cpu", dtypes[name]) for name, p in part.items()}
-            on_rank_0(lambda full=full: writer.write(full))
+            full = {name: gathered(p) for name, p in part.items() if p.requires_grad}
+            full |= {name: start.weights[name] for name in part if name not in full}
+            on_rank_0(lambda full=full: writer.write(
+                {name: w.to("cpu", dtypes[name]) for name, w in full.items()}))
         on_rank_0(stack.close)
 
 
@@ -474,12 +480,12 @@ class Objective:
 
 
 def max_logits(device: torch.device) -> int:
-    """How many logits a loss holds at once: of 512 predictions over 32,000, on a GPU 2,048."""
+    """How many logits a loss makes at once: of 512 predictions over 32,000, on a GPU 2,048."""
     return 2 ** (26 if device.type == "cuda" else 24)
 
 
 def chunk_size(head_VD: Tensor) -> int:
-    """Of how many predictions."""
+    """How many predictions have `max_logits` of logits."""
     return max(1, max_logits(head_VD.device) // len(head_VD))
 
 
@@ -1214,8 +1220,9 @@ def memory_needed(
 
     Shards: of each weight that learns 16, with gradient and Adam's moments; of the others, and the
     teacher's, those of the forward's dtype. Work, estimated: both embeddings, both heads and two
-    blocks of each model, gathered; what a micro-batch's backward needs of each block, and the
-    logits of a chunk.
+    blocks of each model, gathered; gradients of the student's, once more in float32; what a
+    micro-batch's backward needs of each block, with mixed weights where masks are; and the logits
+    of a chunk.
     """
     n, size, d = dist.get_world_size(), compute_dtype(device).itemsize, config.hidden_size
     (student, trained), (teacher, _) = map(n_parameters, (
@@ -1225,11 +1232,12 @@ def memory_needed(
     queries, keys = (k * config.head_dim for k in (
         config.num_attention_heads, args.kv_heads if args.no_masks else config.num_key_value_heads))
     kept = tokens * (10 * d + queries + 2 * keys + 4 * config.intermediate_size)
-    n_layers = config.num_hidden_layers
+    kept += 0 if args.no_masks else 2 * keys * d
+    n_layers, head = config.num_hidden_layers, config.vocab_size * d
     activations = kept + tokens * d * n_layers if args.checkpoint_activations else kept * n_layers
-    work = size * (4 * config.vocab_size * d + 4 * block + activations)
-    return ((16 * trained + size * (student - trained + teacher)) / n,
-            work + 24 * max_logits(device))
+    gradients = (size + 4) * max(block, 2 * head if args.train == "all" else 0)
+    work = size * (4 * head + 4 * block + activations) + gradients + 24 * max_logits(device)
+    return (16 * trained + size * (student - trained + teacher)) / n, work
 
 
 def warn_of_memory(
@@ -1244,17 +1252,19 @@ def warn_of_memory(
 
     free = mha2gqa.free_memory(device)
     if free is not None and needed() > free:
-        less: list[tuple[str, dict[str, Any]]] = [
-            ("--checkpoint-activations", {"checkpoint_activations": True}),
-            ("that and --train attention", {"checkpoint_activations": True, "train": "attention"})]
-        if cuda:
-            less.append(("--checkpoint-activations --cpu-offload",
-                         {"checkpoint_activations": True, "cpu_offload": True}))
+        less: list[dict[str, Any]] = [
+            {"checkpoint_activations": True},
+            {"checkpoint_activations": True, "train": "attention"}]
+        less += [{"checkpoint_activations": True, "cpu_offload": True}] * cuda
+        other = {" ".join(f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
+                          for name, value in changes.items()): needed(**changes)
+                 for changes in less}
+        better = "".join(f", with {options} {mha2gqa.gigabytes(n)}"
+                         for options, n in other.items() if n < needed())
         warnings.warn(
-            f"{mha2gqa.gigabytes(needed())} of memory are needed, {mha2gqa.gigabytes(free)} are "
-            "free; " + ", ".join(f"{name}: {mha2gqa.gigabytes(needed(**changes))}"
-                                 for name, changes in less)
-            + "; and the more GPUs or machines share it, the less for each", stacklevel=3)
+            f"{mha2gqa.gigabytes(needed())} of memory are needed{better}; "
+            f"{mha2gqa.gigabytes(free)} are free; and the more GPUs or machines share it, the less "
+            "for each", stacklevel=3)
     on_host = here * memory_needed(args, config, device, seq_len)[0]
     free = mha2gqa.free_memory(torch.device("cpu"))
     if cuda and args.cpu_offload and free is not None and on_host > free:
@@ -1449,11 +1459,12 @@ def benchmark(args: Arguments, device: torch.device) -> None:
     Weights and tokens are random; of MODEL only config.json is read. What runs is `train`, in a
     temporary folder.
     """
-    config, steps, place = mha2gqa.load_config(args.model), args.benchmark or 1, args.place(device)
+    config, place, steps = mha2gqa.load_config(args.model), args.place(device), args.benchmark or 0
     seq_len = mha2gqa.row_length(config, args.seq_len)
     n_rows = max(1, args.batch_tokens // seq_len)
     data = text_batch(torch.randint(config.vocab_size, (n_rows, seq_len),
                                     generator=torch.Generator().manual_seed(args.method.seed)))
+    on_rank_0(lambda: warn_of_memory(args, config, device, seq_len))
     objective = distillation(filled_at_random(shard(meta_model(config, trained="none"), place)))
     folder = Path(broadcast_from_rank_0(on_rank_0(tempfile.mkdtemp)))
 
@@ -1483,10 +1494,11 @@ def benchmark(args: Arguments, device: torch.device) -> None:
     mfu = speed * flop_per_token(args, config, seq_len) / (rate * dist.get_world_size())
     print_rank_0(
         f"{steps} steps of {n_rows} rows of {seq_len} tokens, {dist.get_world_size()} x "
-        f"{device.type}: {speed:,.0f} tokens/s, {mfu:.1%} of the {rate / 1e12:.3g} TFLOP/s of a "
+        f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}: {speed:,.0f} "
+        f"tokens/s, {mfu:.1%} of the {rate / 1e12:.3g} TFLOP/s of a "
         "large matrix product here\nseconds a step: "
         + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items())
-        + ("" if args.no_masks else f"; masks add {masked:.1%}")
+        + ("" if args.no_masks else f"; masks add {masked:.1%} to one without")
         + f"\npeak memory: {mha2gqa.gigabytes(max(peaks))} a process")
 
 
