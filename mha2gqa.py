@@ -2921,20 +2921,23 @@ def progress(
 
 def _progress_lines(
     items: Iterable, what: str, total: int, initial: int, inside: bool,
-    last: list[float] = [0.0]  # noqa: B006
+    outer: list = [0.0, ""]  # noqa: B006 # shared: when the last line was, what the outer bar says
 ) -> Iterator:
-    """The items, with a line about every minute. What is inside another shares its `last`."""
+    """The items, with a line about every minute; inside another bar the line says of both."""
     from tqdm import tqdm
 
     begin = time.monotonic()
-    last[0] = last[0] if inside else begin
+    if not inside:
+        outer[:] = begin, f"{what} {initial:,}/{total:,}"
     for done, item in enumerate(items, 1):
         yield item
-        now = time.monotonic()
-        if now - last[0] > 60:
-            last[0], left = now, (now - begin) / done * (total - initial - done)
-            print(f"{what.strip()} {initial + done:,}/{total:,}, {tqdm.format_interval(left)} left",
-                  file=sys.stderr, flush=True)
+        now, here = time.monotonic(), f"{what} {initial + done:,}/{total:,}"
+        if not inside:
+            left = (now - begin) / done * (total - initial - done)
+            outer[1] = f"{here}, {tqdm.format_interval(left)} left"
+        if now - outer[0] > 60:
+            outer[0] = now
+            print(outer[1] + f":{here}" * inside, file=sys.stderr, flush=True)
 
 
 def _bytes_progress(parts: Iterable[bytes], what: str, total: int | None = None) -> Iterator[bytes]:
