@@ -485,6 +485,20 @@ def test_generalized_procrustes_undoes_known_maps(rope):
     assert len(history) <= 2  # the pairwise start is already there
 
 
+def test_momentum_takes_less_than_half_of_the_rounds():
+    """Of plain ones, on heads that have nothing in common; and it ends no lower."""
+    noise = torch.randn(1, 4, 2000, 32, generator=torch.Generator().manual_seed(0)).double()
+    gram = value_gram_of(noise)
+    _, history = m.generalized_procrustes(gram)
+    maps = m._polar(gram[:, :, 0])
+    objective, rounds = [m._inner_products(gram, maps).triu(1).sum()], 0
+    while rounds < 2 or objective[-1] - objective[-2] > 1e-8 * objective[-1]:
+        for i in range(4):
+            maps, rounds = m._rotate_head(gram, maps, i), rounds + (i == 0)
+        objective.append(m._inner_products(gram, maps).triu(1).sum())
+    assert 2 * len(history) < rounds and history[-1] > (1 - 1e-5) * objective[-1]
+
+
 def test_a_pair_is_done_at_the_start():
     x = caches(4, 2, 50, 6)
     maps, history = m.generalized_procrustes(value_gram_of(x))
