@@ -93,7 +93,7 @@ __all__ = [
     "write_json", "writing", "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
     "versions", "provenance", "write_model_card", "kv_cache_bytes", "gigabytes", "free_memory",
-    "Meter", "matrix_rate", "progress",
+    "Meter", "matrix_rate", "progress", "plot",
     "ArgumentParser", "add_method_arguments", "method_of_arguments", "install_signal_handlers",
     "command",
 ]
@@ -1113,8 +1113,10 @@ def converted_blocks(
         if what := statistics.first_nonfinite():
             raise ValueError(f"block {i}: its {what} on this text are not finite")
         lap("calibrate")
-        groups = _choose_groups(statistics, kv_heads, method, method.seed + i)
+        groups, s_KK = _choose_groups(statistics, kv_heads, method, method.seed + i)
         maps, report = _align_groups(statistics, groups, method)
+        if s_KK is not None:
+            report["pairs"] = [[float(f"{s:.3g}") for s in row] for row in s_KK.tolist()]
         lap("align")
         mapped = transform(source, config, sum(groups, []), maps)
         converted = _as_dtypes_of(source, merge(mapped, config, kv_heads))
@@ -1140,16 +1142,17 @@ def converted_blocks(
 
 def _choose_groups(
     statistics: BlockStatistics, kv_heads: int, method: Method, seed: int
-) -> list[list[int]]:
-    """The units of each of `kv_heads` groups."""
+) -> tuple[list[list[int]], Tensor | None]:
+    """The units of each of `kv_heads` groups, and how well pairs fit (K, K), if that was asked."""
     if method.group == "adjacent":
-        return torch.arange(len(statistics.output_KEE)).view(kv_heads, -1).tolist()
+        return torch.arange(len(statistics.output_KEE)).view(kv_heads, -1).tolist(), None
     if method.group == "energy":
-        return anneal_groups(-discarded_energy(statistics), kv_heads, seed)
-    by_key = method.group == "key"
-    gram = statistics.key_PKK if by_key else statistics.value_KKEE
-    s_KK = head_similarity(gram, statistics.n_tokens, method.metric, rope=by_key)
-    return anneal_groups(s_KK, kv_heads, seed)
+        s_KK = -discarded_energy(statistics)
+    else:
+        by_key = method.group == "key"
+        gram = statistics.key_PKK if by_key else statistics.value_KKEE
+        s_KK = head_similarity(gram, statistics.n_tokens, method.metric, rope=by_key)
+    return anneal_groups(s_KK, kv_heads, seed), s_KK
 
 
 def _align_groups(
@@ -1601,7 +1604,7 @@ def _convert_and_measure(
     write(non_block)
     meter.lap("write")
     means = {name: _mean([report[name] for report in reports])
-             for name in reports[0] if name != "groups"}
+             for name in reports[0] if name not in ("groups", "pairs")}
     return {**scores, **means, **found,
             "seconds": {**meter.seconds, "total": sum(meter.seconds.values())},
             "peak_memory_bytes": meter.peak_memory, "layers": reports}
@@ -2987,7 +2990,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="mha2gqa.py",
         usage="mha2gqa.py MODEL OUT --kv-heads G --text FILE ... [options]\n"
         "       mha2gqa.py --evaluate MODEL --text FILE ... [options]\n"
-        "       mha2gqa.py --benchmark MODEL --kv-heads G [options]",
+        "       mha2gqa.py --benchmark MODEL --kv-heads G [options]\n"
+        "       mha2gqa.py --plot OUT ...",
         description="Convert a LLaMA checkpoint to grouped-query attention, block by block.",
     )
     add = parser.add_argument
@@ -3010,6 +3014,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dry-run", action="store_true", help="check the input, say what would be done, and end")
     add("--evaluate", action="store_true", help="only print MODEL's held-out loss")
+    add("--plot", nargs="+", metavar="OUT", help="draw a conversion or training, or the losses of "
+        "several, into plot.png (needs matplotlib)")
     add("--benchmark", action="store_true", help="time the conversion of a model of MODEL's shape, "
         "with random weights and tokens; writes nothing")
     if not (sys.argv[1:] if argv is None else argv):
@@ -3021,6 +3027,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             first = next((i for i, name in enumerate(files) if Path(name).is_dir()), len(files))
             arguments.model, arguments.out = [*files[first:], None, None][:2]
             del files[first : first + 2]
+    if arguments.plot:
+        return arguments
     if arguments.benchmark:
         if arguments.model is None or arguments.kv_heads is None or arguments.out:
             parser.error("--benchmark takes MODEL and --kv-heads G, and writes nothing")
@@ -3082,12 +3090,116 @@ def _print_benchmark(found: Mapping[str, Any]) -> None:
     print(f"peak memory: {', '.join(memory)}")
 
 
+def plot(folders: Sequence[PathLike], file: PathLike) -> None:
+    """Draw one conversion or training, or the losses of several against their KV cache.
+
+    folders: OUT of each. Needs matplotlib. Raises ValueError for a folder without a report.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install matplotlib") from None
+    metrics = Path(folders[0]) / "metrics.jsonl"
+    figure = Figure((6 if len(folders) > 1 else 12, 4), layout="constrained")
+    if len(folders) > 1:
+        _plot_runs(figure.subplots(), [_summary(Path(folder)) for folder in folders])
+    elif metrics.exists():
+        with open(metrics) as lines:
+            _plot_training(figure, [json.loads(line) for line in lines])
+    else:
+        _plot_conversion(figure, read_json(Path(folders[0]) / "mha2gqa.json").get("layers", []))
+    with writing(Path(file)):
+        figure.savefig(file, dpi=150)
+
+
+def _summary(folder: Path) -> tuple[str, dict[str, int], float]:
+    """(How a run was made, its bytes of KV cache a token, its loss above the source's)."""
+    training = folder / "report.json"
+    report = read_json(training if training.exists() else folder / "mha2gqa.json")
+    try:
+        if "scores" in report:
+            how, losses = report["arguments"], {n: s["loss"] for n, s in report["scores"].items()}
+        else:
+            how, losses = report["method"], report["loss_nats_per_token"]
+        parts = [how["align"], *(name for name in ("refit", "joint") if how.get(name)),
+                 *["training"] * ("scores" in report)]
+        gap = list(losses.values())[-1] - losses["source"]
+        return ", ".join(parts), report["kv_cache_bytes_per_token"], gap
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder}: no report with losses on held-out text") from None
+
+
+def _plot_runs(axes, runs: Sequence[tuple[str, Mapping[str, int], float]]) -> None:
+    """What runs cost in loss, against the KV cache that is left; those of one way are joined."""
+    for how, marker in zip(dict.fromkeys(how for how, _, _ in runs), itertools.cycle("os^Dv*P"),
+                           strict=False):
+        points = sorted((kv["converted"] / 1024, gap) for way, kv, gap in runs if way == how)
+        axes.plot(*zip(*points, strict=True), marker + "-", label=how)
+    for source in {kv["source"] for _, kv, _ in runs}:
+        axes.axvline(source / 1024, color="black", ls=":")
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.margins(y=0.1)
+    axes.set(xlabel="KV cache, KiB a token (dotted: the source's)", xlim=(0, None),
+             ylabel="held-out loss above the source's, nats/token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _plot_training(figure, steps: Sequence[Mapping[str, Any]]) -> None:
+    """The losses by step, and how open the masks of each block are (figure 4 of the paper)."""
+    steps = [record for record in steps if record["stage"] == steps[-1]["stage"]]
+    masked = "mask_layers" in steps[0]
+    axes = figure.subplots(1, 1 + masked, squeeze=False)[0]
+    for name, style in (("kl", "-"), ("bild", "--"), ("cross_entropy", ":")):
+        if name in steps[0]:
+            axes[0].plot([r["step"] for r in steps], [r[name] for r in steps], style, label=name)
+    axes[0].set(xlabel="step", ylabel="loss, nats/token", yscale="log")
+    axes[0].legend()
+    if masked:
+        image = axes[1].imshow(np.array([r["mask_layers"] for r in steps]).T, cmap="gray",
+                               aspect="auto", origin="lower", vmin=0, vmax=1,
+                               interpolation="nearest")
+        axes[1].set(xlabel="step", ylabel="block")
+        figure.colorbar(image, label="share of masks that are open")
+
+
+def _plot_conversion(figure, layers: Sequence[Mapping[str, Any]]) -> None:
+    """How well the heads of one block fit, before and after they are grouped; errors by block."""
+    axes, i = figure.subplots(1, 3), len(layers) // 2
+    groups = layers[i]["groups"]
+    s_KK = np.array(layers[i].get("pairs", np.zeros((len(sum(groups, [])),) * 2)))
+    np.fill_diagonal(s_KK, np.nan)  # a head and itself say nothing
+    for axis, order, title in ((axes[0], sorted(sum(groups, [])), "as they were"),
+                               (axes[1], sum(groups, []), "in their groups")):
+        image = axis.imshow(s_KK[np.ix_(order, order)], interpolation="nearest")
+        labels = range(0, len(order), max(1, len(order) // 8))
+        axis.set_xticks(labels, [order[n] for n in labels])
+        axis.set_yticks(labels, [order[n] for n in labels])
+        axis.set(title=f"heads of block {i}, {title}", xlabel="KV head")
+    size = len(groups[0])
+    for at in range(0, len(s_KK), size):
+        box = [at - 0.5, at + size - 0.5]
+        axes[1].plot([*box, *box[::-1], box[0]], [box[0], *box, *box[::-1]], color="white", lw=3)
+    figure.colorbar(image, ax=axes[:2], label="how well two heads fit (lighter is better)")
+    for name, style in (("before", ":"), ("after", "--")):
+        if "refit" in layers[0]:
+            axes[2].plot([layer["refit"][name] for layer in layers], style,
+                         label=f"{name} the refit")
+    axes[2].plot([layer["hidden_state_error"] for layer in layers], "-", label="written model")
+    axes[2].set(xlabel="block", ylabel="relative error of its hidden states", yscale="log")
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
+    axes[2].legend()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, with one line on stderr."""
     a = _parse_arguments(argv)
     try:
         method, corpus = method_of_arguments(a), Corpus(a.text, a.eval_text, a.tokens, a.seq_len)
-        if a.benchmark:
+        if a.plot:
+            plot(a.plot, "plot.png")
+            print("written to plot.png")
+        elif a.benchmark:
             _print_benchmark(benchmark(
                 a.model, a.kv_heads, a.tokens, a.seq_len, method, a.device))
         elif a.evaluate:
