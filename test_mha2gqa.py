@@ -2474,6 +2474,32 @@ def test_what_there_is_to_know_without_a_model(capfd, arguments, printed):
     assert re.fullmatch(printed, "".join(capfd.readouterr()))
 
 
+def test_plots_of_conversions(trained, converted, tmp_path, capfd, monkeypatch):
+    """What is drawn is what the reports say."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, dpi: drawn.append(self))
+    outs = [converted("mha", 4)[0], converted("mha", 2)[0]]
+    assert command(capfd, "--plot", *outs)[:2] == (0, "written to plot.png\n")
+    reports = [json.loads((out / "mha2gqa.json").read_text()) for out in outs]
+    (line, _), (label,) = drawn[0].axes[0].lines, drawn[0].axes[0].get_legend().get_texts()
+    losses = [report["loss_nats_per_token"] for report in reports]
+    assert label.get_text() == "linear, refit, joint"
+    assert line.get_xydata() == pytest.approx(np.array(
+        [[size, loss["converted"] - loss["source"]] for size, loss in
+         ((0.5, losses[1]), (1, losses[0]))]))
+
+    assert command(capfd, "--plot", outs[1])[0] == 0
+    block = reports[1]["layers"][1]
+    order, pairs = sum(block["groups"], []), np.array(block["pairs"])
+    np.fill_diagonal(pairs, np.nan)
+    images = [axis.images[0].get_array().filled(np.nan) for axis in drawn[1].axes[:2]]
+    np.testing.assert_array_equal(images, [pairs, pairs[np.ix_(order, order)]])
+    errors = [layer["hidden_state_error"] for layer in reports[1]["layers"]]
+    assert drawn[1].axes[2].lines[-1].get_ydata().tolist() == errors
+    refused(capfd, tmp_path, "mha2gqa.json: no such file", "--plot", trained / "mha")
+
+
 def heed_signals():
     """Undo what nohup and background jobs of a shell hand down: ignored signals."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -2700,6 +2726,20 @@ def test_a_stopped_run_continues_bit_for_bit(trained, runs, tmp_path, number, pr
         assert "error" not in p.communicate()[0] and p.returncode == 0
     assert not list(out.glob(".mha2gqa*"))
     assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+def test_plots_of_a_training(runs, tmp_path):
+    """And several runs of which one has been trained; the files are pictures."""
+    pytest.importorskip("matplotlib")
+    (paper, _), (default, _) = runs("paper"), runs("default")
+    for name, folders in (("one", [paper]), ("other", [default]), ("both", [paper, default])):
+        m.plot(folders, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((default / "gqa/mha2gqa.json").read_text())
+    assert report["scores"]["distilled"] and report["versions"]["mha2gqa"] == m.__version__
+    card = (default / "gqa/README.md").read_text()
+    assert f"| distilled | {report['scores']['distilled']['loss']:.4f} |" in card
 
 
 @pytest.mark.slow
