@@ -89,11 +89,10 @@ __all__ = [
     "Corpus", "convert", "evaluate", "benchmark",
     "load_config", "model_folder", "load_checkpoint", "model_files", "save_checkpoint",
     "new_checkpoint", "CheckpointWriter", "block_prefix", "block_weights", "non_block_weights",
-    "read_json",
-    "write_json", "writing", "rename_when_on_disk", "refuse_pointer",
+    "read_json", "write_json", "writing", "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
-    "versions", "provenance", "write_model_card", "kv_cache_bytes", "gigabytes", "free_memory",
-    "Meter", "matrix_rate", "progress", "plot",
+    "versions", "provenance", "without_repeats", "write_model_card", "kv_cache_bytes", "gigabytes",
+    "free_memory", "Meter", "matrix_rate", "progress", "plot",
     "ArgumentParser", "add_method_arguments", "method_of_arguments", "install_signal_handlers",
     "command",
 ]
@@ -1544,8 +1543,8 @@ def convert(
             Meter(place))
         write_json(writer.folder / "mha2gqa.json", report)
         write_model_card(writer.folder, Path(model_dir), report["kv_cache_bytes_per_token"], {
-            name: {"loss": loss, "KL": report["kl_nats_per_token"][name]}
-            for name, loss in report["loss_nats_per_token"].items()}, _how(report))
+            name: {"loss": loss, "KL": report["kl_nats_per_token"][name]} for name, loss in
+            without_repeats(report["loss_nats_per_token"], report["method"]).items()}, _how(report))
     return report
 
 
@@ -2728,6 +2727,12 @@ def provenance() -> dict[str, Any]:
             "command": shlex.join(sys.argv)}
 
 
+def without_repeats(scores: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores by model, but for mean-pooling's if by the method that is the converted model."""
+    same = method["align"] == "none" and method["group"] == "adjacent" and not method["refit"]
+    return {name: of for name, of in scores.items() if not (same and name.startswith("mean"))}
+
+
 def write_model_card(
     folder: Path, source: Path, cache: Mapping[str, int],
     scores: Mapping[str, Mapping[str, float]], how: str
@@ -3049,10 +3054,7 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
     loss, kl = report["loss_nats_per_token"], report["kl_nats_per_token"]
     cache = report["kv_cache_bytes_per_token"]
     print(f"\nheld-out loss, nats/token, {report['tokens']['held_out']:,} tokens; KL to the source")
-    same = loss["mean_pooled"] == loss["converted"]  # by --align none
-    for name, value in loss.items():
-        if same and name == "mean_pooled":
-            continue
+    for name, value in without_repeats(loss, report["method"]).items():
         gap = "" if name == "source" else f"  {value - loss['source']:+8.4f}{kl[name]:9.4f}"
         print(f"  {name.replace('_', '-'):<12}{value:8.4f}{gap}")
     if "energy_kept" in report:

@@ -1408,12 +1408,14 @@ def describe_result(
            f"distillation on {tokens:,} tokens")
     write_whole(folder / "mha2gqa.json", lambda new: mha2gqa.write_json(new, content))
     mha2gqa.write_model_card(
-        folder, source.path, content["kv_cache_bytes_per_token"], content["scores"], how)
+        folder, source.path, content["kv_cache_bytes_per_token"],
+        mha2gqa.without_repeats(content["scores"], content["arguments"]), how)
 
 
 def table(report: Mapping[str, Any]) -> str:
     """What a person wants to know of a finished run's report: a column for each model."""
-    scores, cache = report["scores"], report["kv_cache_bytes_per_token"]
+    scores = mha2gqa.without_repeats(report["scores"], report["arguments"])
+    cache = report["kv_cache_bytes_per_token"]
     sizes = [cache["source" if name in ("source", "teacher") else "converted"] for name in scores]
     rows = [" " * 14 + "".join(f"{name:>11}" for name in scores)]
     for column in scores["source"]:
