@@ -80,8 +80,8 @@ __all__ = [
     "LlamaConfig", "Llama", "Decoder", "Block", "Attention", "MLP", "RMSNorm", "at_least_float32",
     "causal_attention", "attention_kernel",
     "BlockStatistics", "block_statistics", "value_gram", "key_gram",
-    "procrustes", "rope_procrustes", "generalized_procrustes", "shared_keys", "shared_values",
-    "head_similarity", "discarded_energy", "anneal_groups",
+    "procrustes", "rope_procrustes", "generalized_procrustes", "shared_keys", "normed_keys",
+    "shared_values", "head_similarity", "discarded_energy", "anneal_groups",
     "HeadMaps", "transform", "merge",
     "hard_concrete", "open_probability", "l0_loss", "kl_loss", "bild_loss",
     "Method", "ConvertedBlock", "converted_blocks", "refit_block", "lr_factor", "gqa_config",
@@ -158,7 +158,11 @@ class LlamaConfig:
 
     @property
     def o_bias(self) -> bool:
-        return self.model_type == "llama" and self.attention_bias
+        return self.model_type in ("llama", "qwen3") and self.attention_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.model_type == "qwen3"
 
     @property
     def ffn_bias(self) -> bool:
@@ -246,13 +250,18 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:  # of each head (Henry et al. 2020)
+            self.q_norm = RMSNorm(config, config.head_dim)
+            self.k_norm = RMSNorm(config, config.head_dim)
 
     def forward(self, x_BTD, rope, ends=None):
         def heads(y):  # (B, T, heads·E) -> (B, heads, T, E)
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        q_BHTE = _apply_rope(heads(self.q_proj(x_BTD)), rope)
-        k_BKTE = _apply_rope(heads(self.k_proj(x_BTD)), rope)
+        q_BHTE = _apply_rope(self.q_norm(heads(self.q_proj(x_BTD))), rope)
+        k_BKTE = _apply_rope(self.k_norm(heads(self.k_proj(x_BTD))), rope)
         v_BKTE = heads(self.v_proj(x_BTD))
         # subtle: under autocast the values are in bf16, and RoPE has made float32 of the others.
         y_BHTE = causal_attention(q_BHTE.to(v_BKTE), k_BKTE.to(v_BKTE), v_BKTE, ends)
@@ -332,10 +341,10 @@ class MLP(nn.Module):
 class RMSNorm(nn.Module):
     """weight · x / √(mean x² + eps) (Zhang and Sennrich 2019)."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, size: int = 0):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.weight = nn.Parameter(torch.ones(size or config.hidden_size))
 
     def forward(self, x):
         return _rms_norm(x, self.weight, self.eps)
@@ -405,6 +414,8 @@ class BlockStatistics:
     vectors as rows. query_KP: Σ_n |q[n]|² over the query heads of each unit, in each plane.
     output_KEE: S_i = (Σ WoᵀWo)^½ over the query heads of each unit, so ‖v S_i‖² = Σ ‖v Woᵀ‖²: how
     much a value v changes the output. n_tokens: how many tokens the sums are over.
+    Only where keys are normed, as in Qwen3 (key_PKK is of what comes out): key_power_K, Σ_n |k[n]|²
+    before the norm; turns_P, which planes may turn, see `normed_keys`.
     """
 
     key_PKK: Tensor
@@ -412,6 +423,8 @@ class BlockStatistics:
     query_KP: Tensor
     output_KEE: Tensor
     n_tokens: int
+    key_power_K: Tensor | None = None
+    turns_P: Tensor | None = None
 
     def first_nonfinite(self) -> str | None:
         """The first of "keys", "values", "queries" whose sums are not finite, or None."""
@@ -429,6 +442,7 @@ def block_statistics(
     float32 at least, and summed up in float64.
     """
     sums: dict[str, Tensor] = {}
+    key_power_K = torch.zeros((), dtype=torch.float64, device=x_BTD.device)
     parts = x_BTD.split(max(1, 4096 // x_BTD.shape[1]))
     for rows in progress(parts, "statistics", len(parts), inside=True):
         y_BTD = _rms_norm(rows, weights["input_layernorm.weight"].to(rows), config.rms_norm_eps)
@@ -438,6 +452,11 @@ def block_statistics(
             with _forward_autocast(rows):
                 heads = F.linear(y_BTD, weight.to(rows), None if bias is None else bias.to(rows))
             heads_NKE = at_least_float32(heads).flatten(0, 1).unflatten(-1, (-1, config.head_dim))
+            norm = weights.get(f"self_attn.{name[0]}_norm.weight")
+            if norm is not None:
+                if name == "k_proj":
+                    key_power_K = key_power_K + heads_NKE.double().square().sum((0, 2))
+                heads_NKE = _rms_norm(heads_NKE, norm.to(heads_NKE), config.rms_norm_eps)
             if metric == "cos" and name != "q_proj":
                 heads_NKE = F.normalize(heads_NKE, dim=-1)
             products = gram(heads_NKE)
@@ -445,8 +464,13 @@ def block_statistics(
                 torch.promote_types(products.dtype, torch.float64))
     query_KP = sums["q_proj"].unflatten(0, (config.num_key_value_heads, -1)).sum(1)
     # To the CPU: that is where hundreds of small decompositions are fast.
-    return BlockStatistics(sums["k_proj"].cpu(), sums["v_proj"].cpu(), query_KP.cpu(),
-                           _output_root(config, weights).cpu(), x_BTD[..., 0].numel())
+    found = BlockStatistics(sums["k_proj"].cpu(), sums["v_proj"].cpu(), query_KP.cpu(),
+                            _output_root(config, weights).cpu(), x_BTD[..., 0].numel())
+    if not config.qk_norm:
+        return found
+    q_2P, k_2P = (weights[f"self_attn.{name}_norm.weight"].cpu().view(2, -1) for name in "qk")
+    turns_P = (q_2P[0] == q_2P[1]) & (k_2P[0] == k_2P[1])
+    return dataclasses.replace(found, key_power_K=key_power_K.cpu(), turns_P=turns_P)
 
 
 def value_gram(v_NKE: Tensor) -> Tensor:
@@ -665,6 +689,24 @@ def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Ten
     return maps_PM.mT, inverses_PM.mT, kept
 
 
+def normed_keys(gram_PMM: Tensor, turns_P: Tensor) -> tuple[Tensor, Tensor]:
+    """The maps under which normed keys agree best, as Qwen3's: (c (…, M, P), kept (…)).
+
+    There each head's query and key goes through RMSNorm, whose weights all heads share, and then
+    through RoPE. The norm takes any length out, so only rotations are left of the free maps; and a
+    plane whose two weights differ (of the queries' norm or of the keys') may only change its sign.
+    gram: (…, P, M, M) of the normed keys, C_ij = Σ_n z_i conj(z_j). turns: (P,), which planes turn.
+    c: complex of modulus 1, c_i z_i agree. kept: the share of their energy that their mean keeps.
+    """
+    turned_PM, _ = generalized_procrustes(gram_PMM, rope=True)
+    signs_PM = generalized_procrustes(gram_PMM.real[..., None, None])[0][..., 0, 0]
+    c_PM = torch.where(turns_P[:, None], turned_PM, signs_PM.to(turned_PM.dtype))
+    inner_PMM = _inner_products(_as_heads_of_dim_1(gram_PMM), c_PM[..., None, None])
+    energy = gram_PMM.diagonal(dim1=-2, dim2=-1).real.sum((-1, -2))
+    kept = (inner_PMM.sum((-1, -2, -3)) / gram_PMM.shape[-1] + _TINY) / (energy + _TINY)
+    return c_PM.mT, kept
+
+
 def shared_values(gram_MMEE: Tensor, root_MEE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The one value head that serves M heads best: a weighted PCA of rank E.
 
@@ -755,8 +797,15 @@ def discarded_energy(statistics: BlockStatistics) -> Tensor:
     for chunk in pairs.split(64):  # all at once would be a gigabyte
         i, j = chunk[:, :, None], chunk[:, None, :]
         root = root_KP[chunk].movedim(-1, 0)  # (P, pairs, 2)
-        keys = torch.linalg.eigvalsh(  # in ascending order
-            root[..., :, None] * statistics.key_PKK[:, i, j] * root[..., None, :])
+        gram = statistics.key_PKK[:, i, j]
+        if statistics.turns_P is None:
+            gram = root[..., :, None] * gram * root[..., None, :]
+        else:  # of two normed keys c z, which can only turn, half the difference is lost
+            turned = torch.where(statistics.turns_P[:, None], gram[..., 0, 1].abs(),
+                                 gram[..., 0, 1].real.abs())
+            mean = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)
+            gram = torch.stack([mean - turned, mean + turned], -1).diag_embed()
+        keys = torch.linalg.eigvalsh(gram)  # in ascending order
         values = torch.linalg.eigvalsh(
             _block_matrix(s_KEE[i] @ statistics.value_KKEE[i, j] @ s_KEE[j]))
         lost_of.append(torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)]))
@@ -901,7 +950,7 @@ def _split_heads(weights: Weights, config: LlamaConfig) -> dict[str, Tensor]:
     """
     heads = {}
     for name in weights:
-        if name.startswith("self_attn.") and name != "self_attn.o_proj.bias":
+        if "_proj." in name and name.startswith("self_attn.") and name != "self_attn.o_proj.bias":
             rows = weights[name].double().mT if "o_proj" in name else weights[name].double()
             shape = config.num_key_value_heads, -1, config.head_dim, rows[0].numel()
             heads[name] = rows.reshape(shape)
@@ -1168,12 +1217,16 @@ def _align_groups(
     value_GMMEE = statistics.value_KKEE[i, j]
     key_GPMM = statistics.key_PKK[:, i, j].movedim(0, 1)
     if method.align == "linear":
-        keys, key_inverses, key_kept = shared_keys(key_GPMM, statistics.query_KP[g_GM])
+        if statistics.turns_P is None:
+            keys, key_inverses, key_kept = shared_keys(key_GPMM, statistics.query_KP[g_GM])
+        else:
+            keys, key_kept = normed_keys(key_GPMM, statistics.turns_P)
+            key_inverses = keys.conj()
         values, value_inverses, value_kept = shared_values(
             value_GMMEE, statistics.output_KEE[g_GM])
         kept = {"key": key_kept.mean().item(), "value": value_kept.mean().item()}
         maps = HeadMaps(*(t.flatten(0, 1) for t in (keys, values, key_inverses, value_inverses)))
-        return maps, {**report, "energy_kept": kept}
+        return _with_equal_keys(maps, statistics, g_GM), {**report, "energy_kept": kept}
     key_GPM = torch.ones_like(key_GPMM[..., 0])
     value_GMEE = torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1)
 
@@ -1186,12 +1239,27 @@ def _align_groups(
 
     before = similarities(key_GPM, value_GMEE)
     if method.align == "rotation":
-        key_GPM, _ = generalized_procrustes(key_GPMM, rope=True)
+        if statistics.turns_P is None:
+            key_GPM, _ = generalized_procrustes(key_GPMM, rope=True)
+        else:
+            key_GPM = normed_keys(key_GPMM, statistics.turns_P)[0].mT
         value_GMEE, _ = generalized_procrustes(value_GMMEE)
     after = similarities(key_GPM, value_GMEE)
     maps = HeadMaps.exact(key_GPM.mT.flatten(0, 1), value_GMEE.flatten(0, 1))
+    if method.align == "rotation":
+        maps = _with_equal_keys(maps, statistics, g_GM)
     return maps, {**report, "similarity_inside_groups": {
         name: {"before": before[name], "after": after[name]} for name in before}}
+
+
+def _with_equal_keys(maps: HeadMaps, statistics: BlockStatistics, g_GM: Tensor) -> HeadMaps:
+    """The maps, where keys are normed scaled so that all heads of a group weigh the same in their
+    mean: the norm takes the scale out of each, and of the mean."""
+    if statistics.key_power_K is None:
+        return maps
+    root_GM = (statistics.key_power_K[g_GM] + _TINY).sqrt()
+    scale_K = (root_GM.mean(1, keepdim=True) / root_GM).flatten()
+    return dataclasses.replace(maps, key_KP=maps.key_KP * scale_K[:, None])
 
 
 # Chosen by held-out loss and KL, in rows of 256 tokens, on a saturated model of 30 blocks, 576 wide
@@ -1704,6 +1772,15 @@ _MODEL_TYPES: dict[str, dict[str, int]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072},
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+}
+# What models would need that are often asked for.
+_NEEDS = {
+    "smollm3": "layers without RoPE", "phi3": "fused qkv_proj and gate_up_proj",
+    "olmo2": "norms behind attention and MLP, and of all queries or keys together",
+    "gemma2": "soft caps of logits and scores, windows, norms of 1 + weight",
+    "gemma3_text": "windows, norms of 1 + weight", "qwen3_moe": "a mixture of experts",
+    "mixtral": "a mixture of experts", "deepseek_v3": "latent attention and experts",
 }
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -1733,11 +1810,14 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     kind, rope = raw.get("model_type"), _rope_parameters(raw)
     # subtle: a mistral config without the key has a window of 4096 in transformers.
     window = {"mistral": raw.get("sliding_window", 4096) is not None,
-              "qwen2": bool(raw.get("use_sliding_window"))}.get(str(kind), False)
+              "qwen2": bool(raw.get("use_sliding_window")),
+              "qwen3": bool(raw.get("use_sliding_window"))}.get(str(kind), False)
     layer_types = raw.get("layer_types") or []
+    needs = f", which has {_NEEDS[str(kind)]}" if str(kind) in _NEEDS else ""
     partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
     unsupported = {
-        f"model_type {kind!r} (supported: {', '.join(_MODEL_TYPES)})": kind not in _MODEL_TYPES,
+        f"model_type {kind!r}{needs} (supported: {', '.join(_MODEL_TYPES)})":
+            kind not in _MODEL_TYPES,
         f"hidden_act {raw.get('hidden_act')!r} (supported: silu)":
             raw.get("hidden_act", "silu") not in ("silu", "swish"),
         "quantised weights (quantization_config)": bool(raw.get("quantization_config")),

@@ -55,6 +55,9 @@ CONFIGS = {
     "head_dim": {"head_dim": 20},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4},
     "qwen2 gqa": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16},
+    "qwen3 gqa": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 12,
+                  "attention_bias": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": None},
     "llama3": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
@@ -76,6 +79,8 @@ def random_weights(config, seed=0, dtype=torch.float32):
     for name, p in m.Llama(config).state_dict().items():
         w = torch.randn(p.shape, generator=generator)
         w = 1 + 0.2 * w if "norm" in name else w * (0.3 if p.ndim == 1 else 2 / p.shape[-1] ** 0.5)
+        if "q_norm" in name or "k_norm" in name:  # every second plane may turn
+            w.view(2, -1)[1, ::2] = w.view(2, -1)[0, ::2]
         weights[name] = w.to(dtype)
     return weights
 
@@ -705,7 +710,8 @@ def test_grouping_refuses():
 def scrambled(config, weights, seed=0, linear=False):
     """The same model with its units shuffled and every one mapped by random free maps.
 
-    linear: not only rotated, but values mapped by any matrices, planes of keys scaled, too.
+    linear: not only rotated, but values mapped by any matrices, planes of keys scaled, too. Normed
+    keys are only turned, or their sign changed, as far as the norm's weights allow.
     """
     k, e = config.num_key_value_heads, config.head_dim
     out = m.non_block_weights(weights)
@@ -717,7 +723,12 @@ def scrambled(config, weights, seed=0, linear=False):
             stretch_KE = 4 ** (2 * torch.rand(k, e, generator=generator).double() - 1)
             size_KP = 4 ** (2 * torch.rand(k, e // 2, generator=generator).double() - 1)
             values = values @ (stretch_KE[..., None] * orthogonal(k, e, seed=-1))
-            keys = size_KP * keys
+            keys = keys if config.qk_norm else size_KP * keys
+        if config.qk_norm:
+            norms = [weights[f"{m.block_prefix(i)}self_attn.{n}_norm.weight"].view(2, -1)
+                     for n in "qk"]
+            turns_P = (norms[0][0] == norms[0][1]) & (norms[1][0] == norms[1][1])
+            keys = torch.where(turns_P, keys, keys.real.sign())
         maps = m.HeadMaps.exact(keys, values)
         block = m.transform(m.block_weights(weights, i), config, order, maps)
         dtype = weights["model.norm.weight"].dtype
@@ -736,6 +747,67 @@ def test_transformed_models_are_the_same_model(name, linear):
     assert {n.split(".")[-2] for n in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     difference = logits_of(config, weights, tokens) - logits_of(config, turned, tokens)
     assert difference.abs().max() <= 1e-9
+
+
+def test_normed_keys_agree_as_far_as_the_norm_lets_them():
+    """Turned copies are turned back, and in planes that may not turn the best sign is found; heads
+    that were longer before the norm count no more than others."""
+    config = config_of("qwen3", rms_norm_eps=1e-12)
+    block = m.block_weights(random_weights(config, dtype=torch.float64), 0)
+    k, e, name = 4, config.head_dim, "self_attn.k_proj.weight"
+    block[name] = block[name][:e].repeat(k, 1)
+    order, turns_P = [2, 0, 3, 1], torch.arange(e // 2) % 2 == 0
+    keys = torch.where(turns_P, phases(k, e // 2), phases(k, e // 2).real.sign())
+    keys = keys * torch.tensor([1.0, 3.0, 0.2, 1.0])[:, None]
+    maps = m.HeadMaps.exact(keys, torch.eye(e).double().expand(k, e, e))
+    block = m.transform(block, config, order, maps)
+    x_BTD = torch.randn(4, 50, config.hidden_size, dtype=torch.float64)
+    statistics = m.block_statistics(config, block, x_BTD)
+    assert torch.equal(statistics.turns_P, turns_P)
+    for align in ("linear", "rotation"):
+        method = m.Method(align=align, refit=False)
+        found, report = m._align_groups(statistics, [[0, 1, 2, 3]], method)
+        merged = m.merge(m.transform(block, config, range(k), found), config, 1)[name]
+        heads = m.transform(block, config, range(k), found)[name].view(k, e, -1)
+        torch.testing.assert_close(heads, merged.expand(k, e, -1))
+        if align == "linear":
+            assert report["energy_kept"]["key"] == pytest.approx(1)
+    lost = m.discarded_energy(statistics)
+    assert lost.max() < 2.1  # of two terms with mean 1; the keys' is 0 or rounding
+    quarter = torch.tensor([[[1.0, 0.9j], [-0.9j, 1.0]]] * 2).to(torch.complex128)
+    c_MP, kept = m.normed_keys(quarter, torch.tensor([True, False]))
+    assert kept.item() == pytest.approx((0.95 + 0.5) / 2)
+    assert c_MP[1, 0] == pytest.approx(1j) and c_MP[1, 1].abs() == 1 and c_MP[1, 1].imag == 0
+
+
+@pytest.mark.slow
+def test_qwen3_from_training_to_transformers(trained, corpus, bpe, tmp_path):
+    """The oracle: copied, shuffled and turned heads lose nothing. And a conversion of heads that
+    have nothing in common is better than their averages, and loads in transformers."""
+    rows, _ = m.text_rows(bpe.parent, config_of(vocab_size=384), dataclasses.replace(
+        corpus, tokens=100_000, seq_len=64))
+    config = config_of(model_type="qwen3", vocab_size=384, hidden_size=64, intermediate_size=128,
+                       head_dim=16, num_attention_heads=8, num_key_value_heads=4,
+                       max_position_embeddings=64)
+    weights = train_a_little(config, rows)
+    m.save_checkpoint(tmp_path / "gqa", config, weights, bpe.parent)
+    mha, copied = expand_to_mha(config, weights)
+    m.save_checkpoint(tmp_path / "mha", mha, scrambled(mha, copied), bpe.parent)
+    for align in ("linear", "rotation"):
+        report = m.convert(tmp_path / "mha", tmp_path / align, 4, corpus,
+                           m.Method(align=align, refit=False))
+        loss = report["loss_nats_per_token"]
+        assert loss["converted"] == pytest.approx(loss["source"], abs=1e-4)
+    report = m.convert(tmp_path / "gqa", tmp_path / "out", 2, corpus)
+    loss, kl = report["loss_nats_per_token"], report["kl_nats_per_token"]
+    assert kl["converted"] < 0.3 * kl["mean_pooled"] and loss["converted"] < loss["mean_pooled"]
+    config, weights = m.load_checkpoint(tmp_path / "out")
+    tokens = random_tokens(config, time=64)
+    with torch.no_grad():
+        wanted = transformers_model(tmp_path / "out")(tokens).logits
+    found = logits_of(config, weights, tokens)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen3"
 
 
 def test_merge_averages_neighbours_by_hand():
@@ -2053,8 +2125,8 @@ BROKEN = {
     "PEFT's base": (edit_weight(lambda w: {"self_attn.q_proj.base_layer.weight": w}),
                     "q_proj.base_layer.weight is of a PEFT adapter, such as LoRA; merge it"),
     # what config.json asks for
-    "model type": (edit_config(model_type="qwen3"),
-                   r"config.json: not supported: model_type 'qwen3' \(supported: llama, mistral"),
+    "model type": (edit_config(model_type="gpt2"),
+                   r"config.json: not supported: model_type 'gpt2' \(supported: llama, mistral"),
     "activation": (edit_config(hidden_act="gelu"), "not supported: hidden_act 'gelu'"),
     "quantised": (edit_config(quantization_config={"bits": 4}), "not supported: quantised weights"),
     "partial rotary": (edit_config(partial_rotary_factor=0.5), "not supported: partial rotary"),
@@ -2063,6 +2135,9 @@ BROKEN = {
     "mistral's default": (edit_config(model_type="mistral"), "not supported: sliding window"),
     "mistral's window": (edit_config(model_type="mistral", sliding_window=4096),
                          "not supported: sliding window"),
+    "olmo2": (edit_config(model_type="olmo2"),
+              r"model_type 'olmo2', which has norms .* together \(supported: llama, mistral, q"),
+    "qwen3's window": (edit_config(model_type="qwen3", use_sliding_window=True), "sliding window"),
     "qwen2's window": (edit_config(model_type="qwen2", use_sliding_window=True),
                        "not supported: sliding window"),
     "layers with windows": (edit_config(layer_types=["full_attention", "sliding_attention"]),
