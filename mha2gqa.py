@@ -3203,7 +3203,7 @@ def _summary(folder: Path) -> tuple[str, dict[str, int], float]:
             how, losses = report["arguments"], {n: s["loss"] for n, s in report["scores"].items()}
         else:
             how, losses = report["method"], report["loss_nats_per_token"]
-        parts = [how["align"], *(name for name in ("refit", "joint") if how.get(name)),
+        parts = [f"align {how['align']}", *(name for name in ("refit", "joint") if how.get(name)),
                  *["training"] * ("scores" in report)]
         gap = list(losses.values())[-1] - losses["source"]
         return ", ".join(parts), report["kv_cache_bytes_per_token"], gap
@@ -3224,7 +3224,7 @@ def _plot_runs(axes, runs: Sequence[tuple[str, Mapping[str, int], float]]) -> No
     axes.set(xlabel="KV cache, KiB a token (dotted: the source's)", xlim=(0, None),
              ylabel="held-out loss above the source's, nats/token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center right")
 
 
 def _plot_training(figure, steps: Sequence[Mapping[str, Any]]) -> None:

@@ -2559,7 +2559,7 @@ def test_plots_of_conversions(trained, converted, tmp_path, capfd, monkeypatch):
     reports = [json.loads((out / "mha2gqa.json").read_text()) for out in outs]
     (line, _), (label,) = drawn[0].axes[0].lines, drawn[0].axes[0].get_legend().get_texts()
     losses = [report["loss_nats_per_token"] for report in reports]
-    assert label.get_text() == "linear, refit, joint"
+    assert label.get_text() == "align linear, refit, joint"
     assert line.get_xydata() == pytest.approx(np.array(
         [[size, loss["converted"] - loss["source"]] for size, loss in
          ((0.5, losses[1]), (1, losses[0]))]))
