@@ -787,8 +787,9 @@ def discarded_energy(statistics: BlockStatistics) -> Tensor:
         loss_ij = keys_ij / mean keys + values_ij / mean values
 
     keys_ij: in each plane a shared key keeps one of the pair's two eigenvalues, the smaller one is
-    lost. values_ij: a shared value keeps E of the pair's 2E eigenvalues, the E smallest are lost.
-    The loss of a larger group is taken to be the sum over its pairs.
+    lost (of normed keys half of the difference of the two, see `normed_keys`). values_ij: a shared
+    value keeps E of the pair's 2E eigenvalues, the E smallest are lost. The loss of a larger
+    group is taken to be the sum over its pairs.
     """
     k, e = statistics.output_KEE.shape[:2]
     root_KP, s_KEE = statistics.query_KP.sqrt(), statistics.output_KEE
@@ -799,13 +800,14 @@ def discarded_energy(statistics: BlockStatistics) -> Tensor:
         root = root_KP[chunk].movedim(-1, 0)  # (P, pairs, 2)
         gram = statistics.key_PKK[:, i, j]
         if statistics.turns_P is None:
-            gram = root[..., :, None] * gram * root[..., None, :]
-        else:  # of two normed keys c z, which can only turn, half the difference is lost
-            turned = torch.where(statistics.turns_P[:, None], gram[..., 0, 1].abs(),
-                                 gram[..., 0, 1].real.abs())
+            keys = torch.linalg.eigvalsh(  # in ascending order
+                root[..., :, None] * gram * root[..., None, :])
+        else:  # normed keys only turn: their mean keeps one of these parts, and loses the other
+            both = gram[..., 0, 1]
+            agree = torch.where(statistics.turns_P[:, None], both.abs(), both.real.abs())
             mean = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-            gram = torch.stack([mean - turned, mean + turned], -1).diag_embed()
-        keys = torch.linalg.eigvalsh(gram)  # in ascending order
+            power = root.square().mean(-1)
+            keys = power[..., None] * torch.stack([mean - agree, mean + agree], -1)
         values = torch.linalg.eigvalsh(
             _block_matrix(s_KEE[i] @ statistics.value_KKEE[i, j] @ s_KEE[j]))
         lost_of.append(torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)]))
@@ -1199,6 +1201,8 @@ def _choose_groups(
     else:
         by_key = method.group == "key"
         gram = statistics.key_PKK if by_key else statistics.value_KKEE
+        if by_key and statistics.turns_P is not None:  # the others change only their sign
+            gram = torch.where(statistics.turns_P[:, None, None], gram, gram.real.to(gram.dtype))
         s_KK = head_similarity(gram, statistics.n_tokens, method.metric, rope=by_key)
     return anneal_groups(s_KK, kv_heads, seed), s_KK
 
@@ -1573,6 +1577,12 @@ def convert(
     """
     corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
     place = _pick_device(device)
+    for file in map(Path, [*_paths(corpus.files), *_paths(corpus.eval_files)]):
+        if not file.exists():
+            raise ValueError(f"{file}: no such file")
+    _check_new_directory(out_dir, 0)
+    if (folder := model_folder(model_dir, weights=False)) != Path(model_dir):
+        gqa_config(load_config(folder), kv_heads)  # before much is downloaded
     model_dir = model_folder(model_dir)
     config, weights = load_checkpoint(model_dir)
     like = torch.empty(config.hidden_size, device=place, dtype=dtype)
@@ -1665,6 +1675,7 @@ def _convert_and_measure(
     if method.joint:
         blocks, found["joint_kl"] = joint_refit(
             config, weights, blocks, rows_BT, x_BTD, kv_heads, method.seed)
+        blocks = progress(blocks, "write", config.num_hidden_layers)
         meter.lap("joint refit")
     scores, reports = _write_and_score(
         write, config, new_config, weights, blocks, held_out_BT, like, meter)
@@ -1832,23 +1843,28 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
             raise ValueError(f"not supported: {name}")
 
 
-def model_folder(model: PathLike) -> Path:
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def model_folder(model: PathLike, weights: bool = True) -> Path:
     """The directory of a model: itself, or what the Hugging Face hub has under that name.
 
-    A directory wins over a name. Raises ValueError if the hub cannot be asked, or has none.
+    What is on this machine wins. `weights` False: config.json alone. Raises ValueError if the hub
+    cannot be asked, or has no such model.
     """
-    if Path(model).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        return Path(model)
+    path = Path(model)
+    if path.exists() or path.parent.is_dir() or not _HUB_NAME.fullmatch(str(model)):
+        return path
     from huggingface_hub import snapshot_download
 
+    files = ["*.json", "tokenizer*", "*.model", "model*.safetensors", "README.md", "LICENSE*",
+             "NOTICE*", "chat_template*"] if weights else ["config.json"]
     try:
-        folder = Path(snapshot_download(str(model), allow_patterns=[
-            "*.json", "tokenizer*", "*.model", "model*.safetensors", "*.md", "LICENSE*", "NOTICE*",
-            "chat_template*"]))
-        if not list(folder.glob("model*.safetensors")):
+        folder = Path(snapshot_download(str(model), allow_patterns=files))
+        if weights and not list(folder.glob("model*.safetensors")):
             snapshot_download(str(model), allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # of several packages
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = ": ".join([type(error).__name__, *str(error).strip().split("\n")[:1]])
         raise ValueError(f"{model}: no such directory, and the Hugging Face hub does not give it "
                          f"({reason})") from None
     return folder
@@ -1927,11 +1943,15 @@ def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
 def _config_json(config: LlamaConfig) -> dict[str, Any]:
     """The content of config.json: what was read, with only num_key_value_heads changed.
 
+    RoPE's parameters are written in transformers' old spelling, too, if they have only the new one.
     What names code of the source's own goes: the result is a model that every engine knows.
     """
     architectures = [f"{config.model_type.capitalize()}ForCausalLM"]
     if config.raw:
         kept = {name: value for name, value in config.raw.items() if name != "auto_map"}
+        if "rope_parameters" in kept:  # readers that know only the old spelling would be wrong
+            old = {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+            kept |= {name: value for name, value in old.items() if kept.get(name) is None}
         return {**kept, "architectures": architectures,
                 "num_key_value_heads": config.num_key_value_heads}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -2267,6 +2287,7 @@ class CheckpointWriter:
                 shard[0].rename(self.folder / name)
             else:
                 _save_tensors(self.folder / name, tensors)
+                del tensors  # some systems do not remove a file that is mapped
                 for part in shard:
                     part.unlink()
         if len(shards) > 1:
@@ -2801,10 +2822,11 @@ def versions() -> str:
 
 def provenance() -> dict[str, Any]:
     """What a report says of its making: versions, the time and the command."""
+    ours = Path(sys.argv[0]).stem.replace("-", "_") in ("mha2gqa", "train_gqa")
     return {"versions": {"mha2gqa": __version__, "torch": torch.__version__,
                          "python": platform.python_version()},
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(sys.argv)}
+            "command": shlex.join(sys.argv) if ours else None}
 
 
 def without_repeats(scores: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
@@ -2820,27 +2842,24 @@ def write_model_card(
     """Write README.md as the hub shows it; a source's own stays, below.
 
     source: its directory. cache: bytes of KV cache a token, of "source" and "converted". scores:
-    of some models, the source first and this one last. how: what was done, in a line.
+    of some models, the source first and this one last. how: what was done.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    found = re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(source.resolve()))
+    found = re.search(r"models--([^/]+)--([^/]+)/snapshots/", source.resolve().as_posix())
     base = f"{found[1]}/{found[2]}" if found else source.resolve().name
-    old, card = source / "README.md", None
-    if old.is_file():
-        with contextlib.suppress(Exception):  # a head that is no YAML
-            card = ModelCard.load(old)
-    data = card.data if card else ModelCardData()
-    data.base_model, data.library_name = base, "transformers"
-    data.tags = [*dict.fromkeys([*(data.tags or []), "mha2gqa", "grouped-query-attention"])]
+    old = ""
+    with contextlib.suppress(OSError):
+        old = (source / "README.md").read_text("utf-8", errors="replace")
+    head, below = _card_head(old)
     columns = list(next(iter(scores.values())))
     rows = [f"| {name.replace('_', '-')} | " + " | ".join(f"{row[c]:.4f}" for c in columns)
             + f" | {cache['source' if name in ('source', 'teacher') else 'converted']:,} |"
             for name, row in scores.items()]
+    tasks = " and on tasks in shares of exact answers" if "mean" in columns else ""
     text = "\n".join([
+        "---", f"base_model: {base}", "library_name: transformers", *head, "---", "",
         f"# {base}, grouped-query attention", "",
-        f"Made of {base} by mha2gqa {__version__}: {how}. What was measured, on held-out text in "
-        "nats/token and on tasks in shares of exact answers (all of it in `mha2gqa.json`):", "",
+        f"Made of {base} by mha2gqa {__version__}: {' '.join(how.split())}. What was measured on "
+        f"held-out text in nats/token{tasks} (all of it in `mha2gqa.json`):", "",
         f"| | {' | '.join(columns)} | KV cache, bytes a token |", "|---" * (len(columns) + 2) + "|",
         *rows, "", "It loads as the original does, without code of its own:", "", "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
@@ -2848,10 +2867,26 @@ def write_model_card(
         'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")', "```", "",
         "The method begins with Jin et al., Align Attention Heads Before Merging Them, Findings of "
         "EMNLP 2025 (arXiv:2412.20677).", ""])
-    below = card.text if card else old.read_text(errors="replace") if old.is_file() else ""
-    text += f"\n---\n\nThe original's card:\n\n{below.strip()}\n" if below.strip() else ""
+    if below.strip():
+        text += f"\n---\n\nThe original's card:\n\n{below.strip()}\n"
     with writing(folder / "README.md"):
-        (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", "utf-8")
+        (folder / "README.md").write_text(text, "utf-8")
+
+
+def _card_head(card: str) -> tuple[list[str], str]:
+    """(Lines of YAML to keep of a card's head, with our tags; the text below it).
+
+    As text: what does not say of the original what it would not say of the result stays as it is.
+    """
+    found = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*(?:\n|$)", card, re.DOTALL)
+    key_and_value = r"^([\w-]+):(.*\n(?:[ \t#-].*\n|\n)*)"
+    entries = dict(re.findall(key_and_value, found[1], re.M) if found else [])
+    for name in ("base_model", "library_name", "model-index", "base_model_relation", "new_version"):
+        entries.pop(name, None)
+    tags = re.findall(r"[^\s,\[\]\"'-][^\n,\[\]\"']*", entries.pop("tags", ""))
+    tags = [*dict.fromkeys([*map(str.strip, tags), "mha2gqa", "grouped-query-attention"])]
+    kept = "".join(f"{name}:{value}" for name, value in entries.items()).splitlines()
+    return ["tags:", *(f"- {tag}" for tag in tags), *kept], card[found.end():] if found else card
 
 
 def _how(report: Mapping[str, Any]) -> str:
@@ -2947,7 +2982,7 @@ def benchmark(
     machine's `matrix_rate`, in float32, or in bf16 in the refits, and on a GPU in all, if these use
     that; "peak_memory_bytes". Raises ValueError for bad input.
     """
-    config, place = load_config(model_folder(model_dir)), _pick_device(device)
+    config, place = load_config(model_folder(model_dir, False)), _pick_device(device)
     new_config, length = gqa_config(config, kv_heads), row_length(config, seq_len)
     if tokens < 2 * length:
         raise ValueError(f"{tokens} tokens: expected at least two rows of {length}")
@@ -3026,6 +3061,8 @@ def _progress_lines(
         if now - outer[0] > 60:
             outer[0] = now
             print(outer[1] + f":{here}" * inside, file=sys.stderr, flush=True)
+    if not inside:
+        outer[1] = what
 
 
 def _bytes_progress(parts: Iterable[bytes], what: str, total: int | None = None) -> Iterator[bytes]:
@@ -3072,11 +3109,11 @@ def method_of_arguments(arguments: argparse.Namespace) -> Method:
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's arguments; wrong ones end the program with one line."""
     parser = ArgumentParser(
-        prog="mha2gqa.py",
-        usage="mha2gqa.py MODEL OUT --kv-heads G --text FILE ... [options]\n"
-        "       mha2gqa.py --evaluate MODEL --text FILE ... [options]\n"
-        "       mha2gqa.py --benchmark MODEL --kv-heads G [options]\n"
-        "       mha2gqa.py --plot OUT ...",
+        prog="mha2gqa",
+        usage="mha2gqa MODEL OUT --kv-heads G --text FILE ... [options]\n"
+        "       mha2gqa --evaluate MODEL --text FILE ... [options]\n"
+        "       mha2gqa --benchmark MODEL --kv-heads G [options]\n"
+        "       mha2gqa --plot OUT ...",
         description="Convert a LLaMA checkpoint to grouped-query attention, block by block.",
     )
     add = parser.add_argument
@@ -3109,7 +3146,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     for files in (arguments.text, arguments.eval_text):
         if arguments.model is None:  # `--text FILE MODEL OUT`: the option has taken them all
-            first = next((i for i, name in enumerate(files) if Path(name).is_dir()), len(files))
+            first = next((i for i, name in enumerate(files) if Path(name).is_dir() or
+                          _HUB_NAME.fullmatch(name) and not Path(name).exists()), len(files))
             arguments.model, arguments.out = [*files[first:], None, None][:2]
             del files[first : first + 2]
     if arguments.plot:
@@ -3181,15 +3219,20 @@ def plot(folders: Sequence[PathLike], file: PathLike) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("plots need matplotlib: pip install matplotlib") from None
-    metrics = Path(folders[0]) / "metrics.jsonl"
+    folder = Path(folders[0])
+    metrics = folder / "metrics.jsonl"
     figure = Figure((6 if len(folders) > 1 else 12, 4), layout="constrained")
-    if len(folders) > 1:
-        _plot_runs(figure.subplots(), [_summary(Path(folder)) for folder in folders])
-    elif metrics.exists():
-        with open(metrics) as lines:
-            _plot_training(figure, [json.loads(line) for line in lines])
-    else:
-        _plot_conversion(figure, read_json(Path(folders[0]) / "mha2gqa.json").get("layers", []))
+    try:
+        if len(folders) > 1:
+            _plot_runs(figure.subplots(), [_summary(Path(folder)) for folder in folders])
+        elif metrics.exists():
+            lines = metrics.read_text(errors="replace").splitlines(keepends=True)
+            _plot_training(figure, [json.loads(line) for line in lines if line.endswith("}\n")])
+        else:
+            _plot_conversion(figure, read_json(folder / "mha2gqa.json")["layers"])
+    except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
+        raise ValueError(f"{folder}: nothing to draw; expected the OUT of a conversion, or of a "
+                         "training that has made steps") from None
     with writing(Path(file)):
         figure.savefig(file, dpi=150)
 
@@ -3201,14 +3244,15 @@ def _summary(folder: Path) -> tuple[str, dict[str, int], float]:
     try:
         if "scores" in report:
             how, losses = report["arguments"], {n: s["loss"] for n, s in report["scores"].items()}
+            losses["converted"] = losses["distilled"]
         else:
             how, losses = report["method"], report["loss_nats_per_token"]
         parts = [f"align {how['align']}", *(name for name in ("refit", "joint") if how.get(name)),
                  *["training"] * ("scores" in report)]
-        gap = list(losses.values())[-1] - losses["source"]
+        gap = losses["converted"] - losses["source"]
         return ", ".join(parts), report["kv_cache_bytes_per_token"], gap
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder}: no report with losses on held-out text") from None
+        raise ValueError(f"{folder}: no finished run with losses on held-out text") from None
 
 
 def _plot_runs(axes, runs: Sequence[tuple[str, Mapping[str, int], float]]) -> None:
@@ -3224,7 +3268,7 @@ def _plot_runs(axes, runs: Sequence[tuple[str, Mapping[str, int], float]]) -> No
     axes.set(xlabel="KV cache, KiB a token (dotted: the source's)", xlim=(0, None),
              ylabel="held-out loss above the source's, nats/token")
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right")
+    axes.legend()
 
 
 def _plot_training(figure, steps: Sequence[Mapping[str, Any]]) -> None:
@@ -3234,7 +3278,8 @@ def _plot_training(figure, steps: Sequence[Mapping[str, Any]]) -> None:
     axes = figure.subplots(1, 1 + masked, squeeze=False)[0]
     for name, style in (("kl", "-"), ("bild", "--"), ("cross_entropy", ":")):
         if name in steps[0]:
-            axes[0].plot([r["step"] for r in steps], [r[name] for r in steps], style, label=name)
+            axes[0].plot([r["step"] for r in steps], [r[name] for r in steps], style, label=name,
+                         marker="." if len(steps) < 50 else "")
     axes[0].set(xlabel="step", ylabel="loss, nats/token", yscale="log")
     axes[0].legend()
     if masked:
@@ -3247,30 +3292,31 @@ def _plot_training(figure, steps: Sequence[Mapping[str, Any]]) -> None:
 
 def _plot_conversion(figure, layers: Sequence[Mapping[str, Any]]) -> None:
     """How well the heads of one block fit, before and after they are grouped; errors by block."""
-    axes, i = figure.subplots(1, 3), len(layers) // 2
-    groups = layers[i]["groups"]
-    s_KK = np.array(layers[i].get("pairs", np.zeros((len(sum(groups, [])),) * 2)))
-    np.fill_diagonal(s_KK, np.nan)  # a head and itself say nothing
-    for axis, order, title in ((axes[0], sorted(sum(groups, [])), "as they were"),
-                               (axes[1], sum(groups, []), "in their groups")):
-        image = axis.imshow(s_KK[np.ix_(order, order)], interpolation="nearest")
-        labels = range(0, len(order), max(1, len(order) // 8))
-        axis.set_xticks(labels, [order[n] for n in labels])
-        axis.set_yticks(labels, [order[n] for n in labels])
-        axis.set(title=f"heads of block {i}, {title}", xlabel="KV head")
-    size = len(groups[0])
-    for at in range(0, len(s_KK), size):
-        box = [at - 0.5, at + size - 0.5]
-        axes[1].plot([*box, *box[::-1], box[0]], [box[0], *box, *box[::-1]], color="white", lw=3)
-    figure.colorbar(image, ax=axes[:2], label="how well two heads fit (lighter is better)")
-    for name, style in (("before", ":"), ("after", "--")):
+    i = len(layers) // 2
+    *pictures, errors = figure.subplots(1, 3 if "pairs" in layers[i] else 1, squeeze=False)[0]
+    if pictures:
+        groups, s_KK = layers[i]["groups"], np.array(layers[i]["pairs"])
+        np.fill_diagonal(s_KK, np.nan)  # a head and itself say nothing
+        for axis, order, title in ((pictures[0], sorted(sum(groups, [])), "as they were"),
+                                   (pictures[1], sum(groups, []), "in their groups")):
+            image = axis.imshow(s_KK[np.ix_(order, order)], interpolation="nearest")
+            labels = range(0, len(order), max(1, len(order) // 8))
+            axis.set_xticks(labels, [order[n] for n in labels])
+            axis.set_yticks(labels, [order[n] for n in labels])
+            axis.set(title=f"heads of block {i}, {title}", xlabel="KV head")
+        for at in range(0, len(s_KK), len(groups[0])):
+            low, high = at - 0.5, at + len(groups[0]) - 0.5
+            pictures[1].plot([low, high, high, low, low], [low, low, high, high, low], "r", lw=3)
+        figure.colorbar(image, ax=pictures, label="how well two heads fit (lighter is better)")
+    for name, style in (("before", ".:"), ("after", ".--")):
         if "refit" in layers[0]:
-            axes[2].plot([layer["refit"][name] for layer in layers], style,
-                         label=f"{name} the refit")
-    axes[2].plot([layer["hidden_state_error"] for layer in layers], "-", label="written model")
-    axes[2].set(xlabel="block", ylabel="relative error of its hidden states", yscale="log")
-    axes[2].xaxis.get_major_locator().set_params(integer=True)
-    axes[2].legend()
+            errors.plot([layer["refit"][name] for layer in layers], style,
+                        label=f"{name} the refit, on calibration text")
+    errors.plot([layer["hidden_state_error"] for layer in layers], ".-",
+                label="written model, on held-out text")
+    errors.set(xlabel="block", ylabel="error of its hidden states", yscale="log")
+    errors.xaxis.get_major_locator().set_params(integer=True)
+    errors.legend()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2310,10 +2310,12 @@ def test_the_current_directory_is_not_replaced(trained, tmp_path, capfd, monkeyp
 @pytest.mark.parametrize("model, message", [
     ("{trained}/nowhere", r"nowhere: no such directory \(MODEL is one, or OWNER/NAME on the hub\)"),
     ("{trained}/text.jsonl", "text.jsonl: is a file; MODEL is the directory with config.json, th"),
-    ("owner/name", r"owner/name: no such directory, and the .* hub does not give it \(no net\)")])
+    ("owner/name", r"owner/name: no such directory, and the .* not .* it \(Runt.*: no net\)")])
 def test_models_that_are_no_directory(trained, tmp_path, capfd, monkeypatch, model, message):
     def offline(*_, **__):
         raise RuntimeError("no net\nat all")
+
+    monkeypatch.chdir(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     refused(capfd, tmp_path, message, model.format(trained=trained), tmp_path / "out",
@@ -2339,7 +2341,9 @@ def test_a_model_of_the_hub(trained, tmp_path, capfd, monkeypatch):
     bins = make_directory(tmp_path / "bins", config, {"pytorch_model.bin": dict(weights)})
     for file in (trained / "mha").glob("tokenizer*"):
         shutil.copy(file, bins)
-    (bins / "README.md").write_text("---\nlicense: mit\ntags: [a]\n---\n# The model\n")
+    (bins / "README.md").write_text(
+        "---\nlicense: mit\nlanguage:\n- no\ntags: [a]\nmodel-index:\n- name: x\n---\n"
+        "# The model\n")
     (bins / "model.onnx").write_bytes(b"x")
     arguments = ("owner/name", "out", "--kv-heads", 4, "--text", trained / "text.jsonl",
                  "--tokens", 1000, "--align", "none")
@@ -2348,8 +2352,9 @@ def test_a_model_of_the_hub(trained, tmp_path, capfd, monkeypatch):
     assert not (hub / "model.onnx").exists() and asked[-1] == "pytorch_model*.bin"
     card = (tmp_path / "out/README.md").read_text()
     _, head, text = card.split("---\n", 2)
-    for line in ("base_model: owner/name", "license: mit", "- a", "- grouped-query-attention"):
-        assert line in head.splitlines()
+    assert head.splitlines() == [
+        "base_model: owner/name", "library_name: transformers", "tags:", "- a", "- mha2gqa",
+        "- grouped-query-attention", "license: mit", "language:", "- no"]
     assert text.startswith("\n# owner/name, grouped-query attention\n")
     assert text.endswith("\n# The model\n")
     loss = json.loads((tmp_path / "out/mha2gqa.json").read_text())["loss_nats_per_token"]
@@ -2360,10 +2365,22 @@ def test_a_model_of_the_hub(trained, tmp_path, capfd, monkeypatch):
     shutil.copytree(trained / "mha", tmp_path / "owner/name")
     asked.clear()
     assert command(capfd, *arguments, "--dry-run")[0] == 2  # OUT is there
+    assert command(capfd, *arguments[:1], "new", *arguments[2:], "--dry-run")[0] == 0
     assert not asked
 
 
-@pytest.mark.parametrize("readme", [None, "# No head", "---\n: {no yaml\n---\n# Text"])
+def test_rope_is_written_in_both_spellings():
+    """For readers that know the old one alone, and would take the defaults."""
+    config = config_of("new spelling")
+    written = m._config_json(config)
+    assert written["rope_parameters"] == config.raw["rope_parameters"]
+    assert written["rope_theta"] == 20000.0 and written["rope_scaling"]["rope_type"] == "llama3"
+    del written["rope_parameters"]
+    assert m._parse_config(written) == config
+    assert "rope_theta" not in m._config_json(config_of("mha"))
+
+
+@pytest.mark.parametrize("readme", [None, "# No head", "---\n: {no yaml\n# Text"])
 def test_a_card_of_any_kind_stays_below(trained, tmp_path, readme):
     if readme:
         (tmp_path / "README.md").write_text(readme)
@@ -2541,7 +2558,7 @@ def test_usage_errors_are_one_line(capfd, arguments, message):
 
 
 @pytest.mark.parametrize("arguments, printed", [
-    ([], r"usage: mha2gqa.py MODEL OUT (.*\n)*the demo, .*train_gqa.py.*\n"),
+    ([], r"usage: mha2gqa MODEL OUT (.*\n)*the demo, .*train_gqa.py.*\n"),
     (["--version"], rf"mha2gqa {m.__version__} \(torch .*\)\n")])
 def test_what_there_is_to_know_without_a_model(capfd, arguments, printed):
     with pytest.raises(SystemExit):
@@ -2692,8 +2709,10 @@ def test_a_training_run_ends_in_a_better_model_that_transformers_loads(runs, way
     assert list(loss) == ["source", "mean-pool", "converted", "distilled"]
     assert loss["source"] < loss["distilled"] < loss["converted"] < loss["mean-pool"]
     assert abs(kl["source"]) < 1e-6 and 0 < kl["distilled"] < kl["converted"] < kl["mean-pool"]
-    row = f"distilled {loss['distilled']:12.4f}{kl['distilled']:12.4f}{512:16,}\n"
-    assert row in done.stdout
+    for name, column in (("loss", loss), ("kl", kl)):
+        assert f"{name:<14}" + "".join(f"{x:11.4f}" for x in column.values()) in done.stdout
+    assert f"KV bytes/token{2048:11,}{512:11}{512:11}{512:11}\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 100
     config, weights = m.load_checkpoint(out / "gqa")
     assert config.num_key_value_heads == 2
     tokens = random_tokens(config, time=64)
@@ -2801,6 +2820,20 @@ def test_a_stopped_run_continues_bit_for_bit(trained, runs, tmp_path, number, pr
         assert "error" not in p.communicate()[0] and p.returncode == 0
     assert not list(out.glob(".mha2gqa*"))
     assert_same_run(out, whole)
+
+
+def test_the_demo_makes_its_source_first(tmp_path, train_command, monkeypatch):
+    """It asks no hub for it, although its name could be one there."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def make(corpus, device):
+        made.append(corpus)
+        raise ValueError("as far as that")
+
+    monkeypatch.setattr(train_gqa, "make_demo_source", make)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    assert train_command()[::2] == (2, "error: as far as that\n") and len(made) == 1
 
 
 @pytest.mark.slow

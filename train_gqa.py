@@ -200,9 +200,11 @@ def usable_cores() -> int:
     """How many cores this process and those beside it may use: of its affinity and, in a
     container, of its quota."""
     cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
-    with contextlib.suppress(OSError, ValueError):  # "max": there is no quota
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
+    groups = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
+        with contextlib.suppress(OSError, ValueError):  # "max": there is no quota
+            quota, period = " ".join((groups / file).read_text() for file in files).split()
+            cores = min(cores, max(1, int(quota) // int(period))) if int(quota) > 0 else cores
     return cores
 
 
@@ -1353,6 +1355,9 @@ def run_stages(
     report.content["kv_cache_bytes_per_token"] = {
         "source": mha2gqa.kv_cache_bytes(config, source.weights),
         "converted": mha2gqa.kv_cache_bytes(new_config, source.weights)}
+    report.content["done"] = {
+        "kv_heads": [config.num_key_value_heads, args.kv_heads], "steps": schedule.steps,
+        "tokens": schedule.steps * schedule.batch_size * data.train.tokens.shape[1]}
     if args.source_teaches:
         tuned = source
     elif args.teacher:
@@ -1394,22 +1399,22 @@ def run_stages(
         free_memory()
     written = raise_on_all_ranks(lambda: Checkpoint.open(result))
     report.score("distilled", data, teacher, lambda: frozen_checkpoint(written, place))
-    on_rank_0(lambda: describe_result(result, source, schedule, data, report))
 
 
-def describe_result(
-    folder: Path, source: Checkpoint, schedule: Schedule, data: Data, report: Report
-) -> None:
-    """Write what was done and measured beside the result: mha2gqa.json, and a model card."""
-    content = mha2gqa.provenance() | report.content
-    tokens = schedule.steps * schedule.batch_size * data.train.tokens.shape[1]
-    how = (f"{source.config.num_key_value_heads} to {content['arguments']['kv_heads']} KV heads "
-           f"(align {content['arguments']['align']}), then {schedule.steps:,} steps of "
-           f"distillation on {tokens:,} tokens")
-    write_whole(folder / "mha2gqa.json", lambda new: mha2gqa.write_json(new, content))
-    mha2gqa.write_model_card(
-        folder, source.path, content["kv_cache_bytes_per_token"],
-        mha2gqa.without_repeats(content["scores"], content["arguments"]), how)
+def describe_result(args: Arguments, report: Mapping[str, Any]) -> None:
+    """Write what was done and measured beside the result: mha2gqa.json and a model card."""
+    folder, method, done = args.out / "gqa", report["arguments"], report.get("done")
+    if done and not (folder / "README.md").exists():
+        steps = [f"align {method['align']}", *["refit"] * method["refit"],
+                 *["a teacher of its own"] * (not args.source_teaches)]
+        before, after = done["kv_heads"]
+        how = (f"{before} to {after} KV heads ({', '.join(steps)}), then "
+               f"{done['steps']:,} steps of distillation on {done['tokens']:,} tokens")
+        content = {**mha2gqa.provenance(), **report}
+        write_whole(folder / "mha2gqa.json", lambda new: mha2gqa.write_json(new, content))
+        mha2gqa.write_model_card(
+            folder, Path(args.model), report["kv_cache_bytes_per_token"],
+            mha2gqa.without_repeats(report["scores"], method), how)
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -1461,7 +1466,9 @@ def benchmark(args: Arguments, device: torch.device) -> None:
     Weights and tokens are random; of MODEL only config.json is read. What runs is `train`, in a
     temporary folder.
     """
-    config, place, steps = mha2gqa.load_config(args.model), args.place(device), args.benchmark or 0
+    model = on_rank_0(lambda: mha2gqa.model_folder(args.model, weights=False))
+    config = mha2gqa.load_config(broadcast_from_rank_0(model))
+    place, steps = args.place(device), args.benchmark or 0
     seq_len = mha2gqa.row_length(config, args.seq_len)
     n_rows = max(1, args.batch_tokens // seq_len)
     data = text_batch(torch.randint(config.vocab_size, (n_rows, seq_len),
@@ -1738,7 +1745,7 @@ def save_tokenizer(folder: Path, texts: list[str]) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
     """The command line's arguments, None for the demo; wrong ones end the program with one line."""
     parser = mha2gqa.ArgumentParser(
-        prog="train_gqa.py", description=__doc__.split("\n")[0],
+        prog="train-gqa", description=__doc__.split("\n")[0],
         epilog="Without --model: the demo, which makes and converts a small model in mha2gqa-demo.")
     add = parser.add_argument
     add("--version", action="version", version=mha2gqa.versions())
@@ -1815,9 +1822,6 @@ DEMO_ARGUMENTS = Arguments(
 
 def run(args: Arguments, device: torch.device) -> None:
     """The run that the arguments ask for, or just the table of one that is finished."""
-    folder = broadcast_from_rank_0(on_rank_0(lambda: str(mha2gqa.model_folder(args.model))))
-    if folder != args.model:
-        args = dataclasses.replace(args, model=folder)
     if args.benchmark:
         benchmark(args, device)
         return
@@ -1826,6 +1830,8 @@ def run(args: Arguments, device: torch.device) -> None:
         report.write()
         make_demo_source(args.corpus, device)
         report.meter.lap("make the source")
+    folder = broadcast_from_rank_0(on_rank_0(lambda: mha2gqa.model_folder(args.model)))
+    args = dataclasses.replace(args, model=str(folder))
     on_rank_0(lambda: report.check_files(args))
     if "distilled" not in report.scores:
         source = raise_on_all_ranks(lambda: Checkpoint.open(args.model))
@@ -1834,6 +1840,7 @@ def run(args: Arguments, device: torch.device) -> None:
         report.write()
         data, schedule = share(data, args.out / "data.pt"), broadcast_from_rank_0(schedule)
         run_stages(args, source, data, schedule, report, device)
+    on_rank_0(lambda: describe_result(args, report.content))
     on_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
     print_rank_0(f"\n{table(report.content)}\nthe model is in {args.out}/gqa")
 
