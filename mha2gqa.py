@@ -3202,11 +3202,11 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
 def _print_benchmark(found: Mapping[str, Any]) -> None:
     """What a person wants to know of a benchmark."""
     rates = (f"{rate / 1e12:.3g} TFLOP/s in {n}" for n, rate in found["flop_per_second"].items())
-    print(f"{'':<14}{'seconds':>10}{'floor':>10}   the floor: its matrix products at "
-          + ", ".join(rates))
+    print(f"{'':<14}{'seconds':>10}{'floor':>10}")
     for stage, seconds in found["seconds"].items():
         print(f"{stage:<14}{seconds:10.2f}{found['floor_seconds'][stage]:10.2f}")
     memory = (f"{n} {gigabytes(b)}" for n, b in found["peak_memory_bytes"].items() if b)
+    print(f"floor: the stage's matrix products, at {', '.join(rates)}")
     print(f"peak memory: {', '.join(memory)}")
 
 

@@ -1504,10 +1504,10 @@ def benchmark(args: Arguments, device: torch.device) -> None:
     print_rank_0(
         f"{steps} steps of {n_rows} rows of {seq_len} tokens, {dist.get_world_size()} x "
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}: {speed:,.0f} "
-        f"tokens/s, {mfu:.1%} of the {rate / 1e12:.3g} TFLOP/s of a "
-        "large matrix product here\nseconds a step: "
+        f"tokens/s,\n{mfu:.1%} of the {rate / 1e12:.3g} TFLOP/s of a large matrix product here\n"
+        "seconds a step: "
         + ", ".join(f"{stage} {s:.3g}" for stage, s in seconds.items())
-        + ("" if args.no_masks else f"; masks add {masked:.1%} to one without")
+        + ("" if args.no_masks else f"\nmasks add {masked:.1%} to a step without")
         + f"\npeak memory: {mha2gqa.gigabytes(max(peaks))} a process")
 
 
