@@ -2277,7 +2277,7 @@ class CheckpointWriter:
             shards[-1].append(part)
         weight_map: dict[str, str] = {}
         size = 0
-        for i, shard in enumerate(shards, 1):
+        for i, shard in enumerate(progress(shards, "write shards", len(shards), delay=2), 1):
             name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             name = "model.safetensors" if len(shards) == 1 else name
             tensors = {n: w for part in shard for n, w in _read_tensors(part).items()}  # mapped
@@ -3042,16 +3042,18 @@ def progress(
     return _progress_lines(items, what, total, options.get("initial", 0), inside)
 
 
+_last_line: list = [time.monotonic(), ""]  # when it was printed, what the outer bar says
+
+
 def _progress_lines(
-    items: Iterable, what: str, total: int, initial: int, inside: bool,
-    outer: list = [0.0, ""]  # noqa: B006 # shared: when the last line was, what the outer bar says
+    items: Iterable, what: str, total: int, initial: int, inside: bool
 ) -> Iterator:
     """The items, with a line about every minute; inside another bar the line says of both."""
     from tqdm import tqdm
 
-    begin = time.monotonic()
+    outer, begin = _last_line, time.monotonic()
     if not inside:
-        outer[:] = begin, f"{what} {initial:,}/{total:,}"
+        outer[1] = f"{what} {initial:,}/{total:,}"
     for done, item in enumerate(items, 1):
         yield item
         now, here = time.monotonic(), f"{what} {initial + done:,}/{total:,}"
@@ -3221,7 +3223,7 @@ def plot(folders: Sequence[PathLike], file: PathLike) -> None:
         raise ValueError("plots need matplotlib: pip install matplotlib") from None
     folder = Path(folders[0])
     metrics = folder / "metrics.jsonl"
-    figure = Figure((6 if len(folders) > 1 else 12, 4), layout="constrained")
+    figure = Figure((8.5 if len(folders) > 1 else 12, 4), layout="constrained")
     try:
         if len(folders) > 1:
             _plot_runs(figure.subplots(), [_summary(Path(folder)) for folder in folders])
@@ -3237,8 +3239,9 @@ def plot(folders: Sequence[PathLike], file: PathLike) -> None:
         figure.savefig(file, dpi=150)
 
 
-def _summary(folder: Path) -> tuple[str, dict[str, int], float]:
-    """(How a run was made, its bytes of KV cache a token, its loss above the source's)."""
+def _summary(folder: Path) -> tuple[str, int, dict[str, int], float]:
+    """(How a run was made, of how many tokens, its bytes of KV cache a token, its loss above the
+    source's)."""
     training = folder / "report.json"
     report = read_json(training if training.exists() else folder / "mha2gqa.json")
     try:
@@ -3247,28 +3250,31 @@ def _summary(folder: Path) -> tuple[str, dict[str, int], float]:
             losses["converted"] = losses["distilled"]
         else:
             how, losses = report["method"], report["loss_nats_per_token"]
+        read = report["done"]["tokens"] if "done" in report else report["tokens"]["calibration"]
         parts = [f"align {how['align']}", *(name for name in ("refit", "joint") if how.get(name)),
                  *["training"] * ("scores" in report)]
         gap = losses["converted"] - losses["source"]
-        return ", ".join(parts), report["kv_cache_bytes_per_token"], gap
+        return ", ".join(parts), int(read), report["kv_cache_bytes_per_token"], gap
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}: no finished run with losses on held-out text") from None
 
 
-def _plot_runs(axes, runs: Sequence[tuple[str, Mapping[str, int], float]]) -> None:
+def _plot_runs(axes, runs: Sequence[tuple[str, int, Mapping[str, int], float]]) -> None:
     """What runs cost in loss, against the KV cache that is left; those of one way are joined."""
-    for how, marker in zip(dict.fromkeys(how for how, _, _ in runs), itertools.cycle("os^Dv*P"),
-                           strict=False):
-        points = sorted((kv["converted"] / 1024, gap) for way, kv, gap in runs if way == how)
-        axes.plot(*zip(*points, strict=True), marker + "-", label=how)
-    for source in {kv["source"] for _, kv, _ in runs}:
+    same_text = len({tokens for _, tokens, _, _ in runs}) == 1
+    ways = [how if same_text else f"{how}, {tokens:,} tokens" for how, tokens, _, _ in runs]
+    for way, marker in zip(dict.fromkeys(ways), itertools.cycle("os^Dv*P"), strict=False):
+        points = sorted((kv["converted"] / 1024, gap)
+                        for of, (_, _, kv, gap) in zip(ways, runs, strict=True) if of == way)
+        axes.plot(*zip(*points, strict=True), marker + "-", label=way)
+    for source in {kv["source"] for _, _, kv, _ in runs}:
         axes.axvline(source / 1024, color="black", ls=":")
     axes.set_yscale("symlog", linthresh=0.01)
     axes.margins(y=0.1)
     axes.set(xlabel="KV cache, KiB a token (dotted: the source's)", xlim=(0, None),
-             ylabel="held-out loss above the source's, nats/token")
+             ylabel="loss above the source's, nats/token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.figure.legend(loc="outside right upper")
 
 
 def _plot_training(figure, steps: Sequence[Mapping[str, Any]]) -> None:

@@ -1925,6 +1925,7 @@ def test_without_a_terminal_a_line_a_minute(capfd, monkeypatch):
     """200 blocks of 2 steps of 7 s: 46 minutes and 40 s."""
     clock = itertools.count(0, 7)
     monkeypatch.setattr(m.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(m, "_last_line", [0, ""])
     now = [next(clock)]
     for _ in m.progress(range(200), "convert", 200):
         for _ in m.progress(range(2), "refit", 2, inside=True):
@@ -2573,7 +2574,7 @@ def test_plots_of_conversions(trained, converted, tmp_path, capfd, monkeypatch):
     outs = [converted("mha", 4)[0], converted("mha", 2)[0]]
     assert command(capfd, "--plot", *outs)[:2] == (0, "written to plot.png\n")
     reports = [json.loads((out / "mha2gqa.json").read_text()) for out in outs]
-    (line, _), (label,) = drawn[0].axes[0].lines, drawn[0].axes[0].get_legend().get_texts()
+    (line, _), (label,) = drawn[0].axes[0].lines, drawn[0].legends[0].get_texts()
     losses = [report["loss_nats_per_token"] for report in reports]
     assert label.get_text() == "align linear, refit, joint"
     assert line.get_xydata() == pytest.approx(np.array(
@@ -2828,6 +2829,16 @@ def test_the_demo_makes_its_source_first(tmp_path, train_command, monkeypatch):
     monkeypatch.setattr(train_gqa, "make_demo_source", make)
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     assert train_command()[::2] == (2, "error: as far as that\n") and len(made) == 1
+
+
+def test_models_of_the_hub_in_training(trained, tmp_path, train_command, monkeypatch):
+    """Source and teacher alike."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda name, **_: str(trained / name.removeprefix("owner/")))
+    arguments = train_arguments(trained, tmp_path / "out", "default", "--teacher", "owner/gqa")
+    arguments[1] = "owner/mha"
+    status, _, err = train_command(*arguments)
+    assert status == 2 and "gqa: its num_key_value_heads is 4, the model's 8: it cannot" in err
 
 
 @pytest.mark.slow

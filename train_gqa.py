@@ -252,10 +252,9 @@ def on_rank_0(function: Callable):
     return raise_on_all_ranks(function if is_rank_0() else lambda: None)
 
 
-def progress(items: Iterable, name: str, total: int, initial: int = 0) -> Iterable:
+def progress(items: Iterable, name: str, total: int, **options) -> Iterable:
     """`mha2gqa.progress` on rank 0, nothing on the others."""
-    return mha2gqa.progress(items, name, total, leave=not name.startswith("evaluate"),
-                            initial=initial, disable=not is_rank_0())
+    return mha2gqa.progress(items, name, total, **options, disable=not is_rank_0())
 
 
 # ---- 3 models ------------------------------------------------------------------------------------
@@ -648,7 +647,7 @@ def train(
     metrics, name, steps = folder.parent / "metrics.jsonl", schedule.stage, schedule.steps
     on_rank_0(lambda: drop_metrics_from(metrics, name, first))
     with stop_signal() as stopped:
-        for step in progress(range(first, steps), name, steps, first):
+        for step in progress(range(first, steps), name, steps, initial=first):
             start = time.perf_counter()
             record: dict[str, Any] = {"stage": name, "step": step}
             if masks:
@@ -692,7 +691,8 @@ def backward(
     device = compute_device(model)
     counts = [max(1, int((batch.loss_bits & bit > 0).sum())) for bit in objective.parts.values()]
     count, total = torch.tensor(counts, device=device), torch.zeros(len(counts), device=device)
-    for micro in micro_batches(batch, device):
+    batches = list(micro_batches(batch, device))
+    for micro in progress(batches, "step", len(batches), inside=True):
         readout = objective.make_readout(micro)
         lap("teacher")
         losses = model(micro.tokens, micro.document, readout) / count
@@ -871,7 +871,7 @@ def eval_batches(data: TokenBatch, device: torch.device, name: str) -> Iterable[
     padding = data[[0] * (-len(data) % dist.get_world_size())]
     padding = dataclasses.replace(padding, loss_bits=torch.zeros_like(padding.loss_bits))
     batches = list(micro_batches(concatenate([data, padding]), device))
-    return progress(batches, f"evaluate {name}", len(batches))
+    return progress(batches, f"evaluate {name}", len(batches), leave=False)
 
 
 @torch.no_grad()
@@ -1759,7 +1759,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
         "first 10%% of --text's rows are held out, 65,536 tokens at most")
     add("--tasks", metavar="DIR", help=f"folders of the public raw files of {', '.join(TASKS)}")
     add("--task-limit", type=int, metavar="N", help="only the first N examples of every file")
-    add("--teacher", metavar="DIR", help="a fine-tuned source; without it the source is fine-tuned "
+    add("--teacher", metavar="MODEL", help="a fine-tuned source; without it the source is fine-tuned "
         "on --tasks, or is the teacher itself if there is text alone")
     add("--sft-epochs", type=float, metavar="N",
         help="default: %(default)s; 0: no fine-tuning")
@@ -1830,8 +1830,9 @@ def run(args: Arguments, device: torch.device) -> None:
         report.write()
         make_demo_source(args.corpus, device)
         report.meter.lap("make the source")
-    folder = broadcast_from_rank_0(on_rank_0(lambda: mha2gqa.model_folder(args.model)))
-    args = dataclasses.replace(args, model=str(folder))
+    args = dataclasses.replace(args, **broadcast_from_rank_0(on_rank_0(lambda: {
+        name: str(mha2gqa.model_folder(model))
+        for name in ("model", "teacher") if (model := getattr(args, name))})))
     on_rank_0(lambda: report.check_files(args))
     if "distilled" not in report.scores:
         source = raise_on_all_ranks(lambda: Checkpoint.open(args.model))
