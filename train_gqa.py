@@ -1759,8 +1759,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments | None:
         "first 10%% of --text's rows are held out, 65,536 tokens at most")
     add("--tasks", metavar="DIR", help=f"folders of the public raw files of {', '.join(TASKS)}")
     add("--task-limit", type=int, metavar="N", help="only the first N examples of every file")
-    add("--teacher", metavar="MODEL", help="a fine-tuned source; without it the source is fine-tuned "
-        "on --tasks, or is the teacher itself if there is text alone")
+    add("--teacher", metavar="MODEL", help="a fine-tuned source; without it the source is "
+        "fine-tuned on --tasks, or is the teacher itself if there is text alone")
     add("--sft-epochs", type=float, metavar="N",
         help="default: %(default)s; 0: no fine-tuning")
     add("--steps", type=int, metavar="N", help="default: what --epochs takes")
