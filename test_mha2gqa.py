@@ -235,6 +235,15 @@ def test_the_public_names_are_those_without_an_underscore():
     assert "SPDX-License-Identifier: Apache-2.0" in header and m.__version__
 
 
+def test_an_import_loads_what_it_needs():
+    """torch's compiler alone takes seconds; the others are asked for when they are used."""
+    code = "import sys, mha2gqa; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, check=True,
+                            capture_output=True, text=True).stdout.split()
+    late = {"torch._dynamo", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub"}
+    assert "mha2gqa" in loaded and not late & set(loaded)
+
+
 # ---- 1 the model ---------------------------------------------------------------------------------
 
 
