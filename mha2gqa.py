@@ -25,7 +25,7 @@ The map of this file:
      3  alignment               the maps under which heads agree best
      4  grouping                which heads share
      5  map and merge           apply the maps to a block's weights, average the heads of a group
-     6  masks and losses        what the trainer beside this file needs; the conversion does not
+     6  masks and losses        what the trainer beside this file needs; of it the conversion, KL
      7  the walk and the refit  one block after the other: align, merge, train it to fit
      8  convert and evaluate    the two things that this file is for
         --- a reader may stop here: the rest reads, checks and writes files ---
@@ -91,8 +91,9 @@ __all__ = [
     "new_checkpoint", "CheckpointWriter", "block_prefix", "block_weights", "non_block_weights",
     "read_json", "write_json", "writing", "rename_when_on_disk", "refuse_pointer",
     "text_rows", "row_length", "check_calibration_rows", "load_tokenizer",
-    "versions", "provenance", "without_repeats", "write_model_card", "kv_cache_bytes", "gigabytes",
-    "free_memory", "Meter", "matrix_rate", "progress", "plot",
+    "versions", "provenance", "method_steps", "without_repeats", "write_model_card",
+    "kv_cache_bytes", "gigabytes",
+    "free_memory", "is_out_of_memory", "Meter", "matrix_rate", "progress", "plot",
     "ArgumentParser", "add_method_arguments", "method_of_arguments", "install_signal_handlers",
     "command",
 ]
@@ -167,6 +168,18 @@ class LlamaConfig:
     @property
     def ffn_bias(self) -> bool:
         return self.model_type == "llama" and self.mlp_bias
+
+
+def gqa_config(config: LlamaConfig, kv_heads: int) -> LlamaConfig:
+    """The config with fewer KV heads; raises ValueError unless they divide the source's."""
+    source = config.num_key_value_heads
+    if not 1 <= kv_heads < source or source % kv_heads:
+        choices = [g for g in range(1, source) if source % g == 0]
+        raise ValueError(
+            f"{kv_heads} KV heads: the source has {source}, "
+            + (f"choose one of {', '.join(map(str, choices))}" if choices else "nothing to merge")
+        )
+    return dataclasses.replace(config, num_key_value_heads=kv_heads)
 
 
 class Llama(nn.Module):
@@ -444,7 +457,7 @@ def block_statistics(
     sums: dict[str, Tensor] = {}
     key_power_K = torch.zeros((), dtype=torch.float64, device=x_BTD.device)
     parts = x_BTD.split(max(1, 4096 // x_BTD.shape[1]))
-    for rows in progress(parts, "statistics", len(parts), inside=True):
+    for rows in progress(parts, "statistics", inside=True):
         y_BTD = _rms_norm(rows, weights["input_layernorm.weight"].to(rows), config.rms_norm_eps)
         for name, gram in (("q_proj", _query_power), ("k_proj", key_gram), ("v_proj", value_gram)):
             weight = weights[f"self_attn.{name}.weight"]
@@ -1004,7 +1017,7 @@ def merge(weights: Weights, config: LlamaConfig, kv_heads: int) -> dict[str, Ten
 # ---- 6 masks and losses --------------------------------------------------------------------------
 
 # The paper's way of training: masks let the original heads fade into the merged ones, while the
-# student's logits are held to the teacher's. The conversion itself needs nothing of this.
+# student's logits are held to the teacher's. The conversion itself needs only `kl_loss`.
 
 # The hard concrete distribution of Louizos et al. 2017: temperature β, stretched to (γ, ζ).
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
@@ -1140,11 +1153,13 @@ class ConvertedBlock:
     report: dict[str, Any]
 
 
+@torch.no_grad()
 def converted_blocks(
     config: LlamaConfig, weights: Weights, x_BTD: Tensor, kv_heads: int, method: Method,
     document_BT: Tensor | None = None, lap: Callable[[str], None] = lambda stage: None
 ) -> Iterator[ConvertedBlock]:
-    """Convert one block after the other, with one block in memory at a time.
+    """Convert one block after the other: in memory are this one, as it was and as it becomes, and
+    the next.
 
     Two streams of hidden states walk along. The source's, `x_BTD`, starts as the embedded
     calibration rows; it gives the statistics, and each block's output is what its refit should
@@ -1384,7 +1399,7 @@ def resampled_rows(
     takes one forward for all tokens at once, where writing takes one for each.
     """
     x_BTD = embed(weights, tokens_BT, device, torch.float32)
-    for i in progress(range(config.num_hidden_layers), "resample", config.num_hidden_layers):
+    for i in progress(range(config.num_hidden_layers), "resample"):
         _run_block_(config, read_block(weights, i, device), x_BTD)
         if not x_BTD.isfinite().all():
             raise ValueError(f"block {i}: its hidden states on this text are not finite")
@@ -1428,12 +1443,12 @@ def _fit(
     new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
     rates = _rates(weights, rate)
     device = next(iter(new.values())).device
-    products = torch.autocast(device.type, torch.bfloat16, enabled=_fast_products(new))
+    width = max(w.shape[-1] for w in new.values())
+    products = torch.autocast(device.type, torch.bfloat16, enabled=_fast_products(device, width))
     # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
-                            betas=(0.9, 0.95), eps=1e-15,
-                            fused=device.type == "cuda")
-    for step, batch in enumerate(progress(batches, bar, len(batches), inside=bar == "refit")):
+                            betas=(0.9, 0.95), eps=1e-15, fused=True)
+    for step, batch in enumerate(progress(batches, bar, inside=bar == "refit")):
         with torch.enable_grad(), products:
             error = loss(new, batch)
         error.backward()
@@ -1454,14 +1469,12 @@ def _held_out_rows(n_rows: int) -> int:
     return math.ceil(n_rows / 40)
 
 
-def _fast_products(weights: Weights) -> bool:
-    """Whether matrix products should be in bf16: if the device of the weights gains by that."""
-    device = next(w.device for w in weights.values())
-    wide = max(w.shape[-1] for w in weights.values()) >= 256
+def _fast_products(device: torch.device, width: int) -> bool:
+    """Whether products of matrices so wide should be in bf16: if the device gains by that."""
     cpu_features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
             else cpu_features.get("avx512_bf16") or cpu_features.get("amx_bf16"))
-    return wide and bool(fast)
+    return width >= 256 and bool(fast)
 
 
 def _refit_epochs(n_tokens: int) -> int:
@@ -1480,9 +1493,10 @@ def _rates(weights: Weights, rate: float) -> dict[str, float]:
     changes have the signs of the input, so they add up, and the output changes by n r. The entries
     themselves have random signs, and add up to about √n rms(W). So the output changes by the same
     share, `rate`, at any width. (Norms and biases, which meet an input only once, are left to move
-    1/√n of that.)
+    1/√n of that; a bias of zeros as if its entries were its matrix's.)
     """
-    return {name: rate * (at_least_float32(w).square().mean() / w.shape[-1]).sqrt().item()
+    rms = {name: at_least_float32(w).square().mean().sqrt().item() for name, w in weights.items()}
+    return {name: rate * (rms[name] or rms[name.replace("bias", "weight")]) / math.sqrt(w.shape[-1])
             for name, w in weights.items()}
 
 
@@ -1529,7 +1543,7 @@ def _forward_products(x: Tensor) -> torch.dtype:
     There that is ten times faster. What is added up, hidden states and Gram matrices, stays in
     float32 or better.
     """
-    fast = x.is_cuda and x.dtype == torch.float32 and _fast_products({"x": x})
+    fast = x.is_cuda and x.dtype == torch.float32 and _fast_products(x.device, x.shape[-1])
     return torch.bfloat16 if fast else x.dtype
 
 
@@ -1547,10 +1561,46 @@ def _run_block_(
     with _forward_autocast(x_BTD):
         weights = _in_dtype_of(x_BTD, weights)  # once for all rows, where it casts
         places = range(0, len(x_BTD), size)
-        for at in progress(places, "forward", len(places), inside=True):
+        for at in progress(places, "forward", inside=True):
             rows = slice(at, at + size)
             document = None if document_BT is None else document_BT[rows]
             x_BTD[rows] = _forward(block, weights, x_BTD[rows], document)
+
+
+def embed(weights: Weights, tokens_BT: Tensor, device, dtype: torch.dtype) -> Tensor:
+    """The hidden states (B, T, D) that enter the first block."""
+    table_VD = weights["model.embed_tokens.weight"]
+    return F.embedding(tokens_BT.to(table_VD.device), table_VD).to(device=device, dtype=dtype)
+
+
+def block_prefix(i: int) -> str:
+    """What the names of block i's tensors begin with."""
+    return f"model.layers.{i}."
+
+
+def block_weights(weights: Weights, i: int) -> dict[str, Tensor]:
+    """The weights of block i, named as in `Block`."""
+    prefix = block_prefix(i)
+    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+
+
+def non_block_weights(weights: Weights) -> dict[str, Tensor]:
+    """Embedding, last norm and head."""
+    return {n: w for n, w in weights.items() if not n.startswith("model.layers.")}
+
+
+def read_block(weights: Weights, i: int, device) -> dict[str, Tensor]:
+    """Block i's weights on the device; raises ValueError if one is not finite."""
+    block = block_weights(weights, i)
+    _check_finite(block, block_prefix(i))  # before it moves, which waits for what a GPU has to do
+    return {name: w.to(device) for name, w in block.items()}
+
+
+def _check_finite(weights: Weights, prefix: str = "") -> None:
+    """Raise ValueError for the first tensor with a value that is not finite."""
+    for name, weight in weights.items():
+        if not all(torch.isfinite(bound) for bound in weight.aminmax()):
+            raise ValueError(f"tensor {prefix}{name} holds values that are not finite")
 
 
 # ---- 8 convert and evaluate ----------------------------------------------------------------------
@@ -1606,6 +1656,7 @@ def convert(
         "kv_cache_bytes_per_token": {"source": kv_cache_bytes(config, weights),
                                      "converted": kv_cache_bytes(new_config, weights)},
         "tokens": {"calibration": rows.numel(), "refit": n_refit,
+                   "calibration_seq_len": rows.shape[1],
                    "held_out": held_out.numel(), "seq_len": held_out.shape[1]},
         "memory_estimate_bytes": _memory_needed(
             config, n_refit, rows.shape[1], held_out.numel(), dtype, method),
@@ -1736,7 +1787,7 @@ def evaluate(
     _, held_out = text_rows(model_dir, config, corpus, seed)
     _check_finite(non_block_weights(weights))
     x_BTD = embed(weights, held_out, place, dtype)
-    for i in progress(range(config.num_hidden_layers), "evaluate", config.num_hidden_layers):
+    for i in progress(range(config.num_hidden_layers), "evaluate"):
         _run_block_(config, read_block(weights, i, place), x_BTD)
     loss, _ = _mean_scores(config, weights, {"source": x_BTD}, held_out)
     return {"loss_nats_per_token": loss["source"], "held_out_tokens": held_out.numel()}
@@ -1747,7 +1798,8 @@ def _mean_scores(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Loss of each stream, and KL(source ‖ it), in nats/token over the T − 1 predictions of a row.
 
-    streams: hidden states (B, T, D) after the last block; one of them is "source".
+    streams: hidden states (B, T, D) after the last block; one of them is "source". Raises
+    ValueError for logits that are not finite.
     """
     readout = _readout(config, weights, streams["source"])
     loss, kl = dict.fromkeys(streams, 0.0), dict.fromkeys(streams, 0.0)
@@ -1759,6 +1811,9 @@ def _mean_scores(
             for name, x_TV in logits.items():
                 loss[name] += F.cross_entropy(x_TV, tokens_T[1:][here], reduction="sum").item()
                 kl[name] += kl_loss(x_TV, logits["source"]).sum().item()
+    for name in streams:
+        if not math.isfinite(loss[name]):
+            raise ValueError(f"the {name.replace('_', '-')} model's logits are not finite")
     n = n_rows * n_predictions
     return {k: v / n for k, v in loss.items()}, {k: v / n for k, v in kl.items()}
 
@@ -1924,7 +1979,8 @@ def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
     fields["rope_theta"] = next(theta for theta in thetas if theta is not None)
     fields["rope_scaling"] = None if kind == "default" else rope
     numbers = fields | {name: rope.get(name) for name in _ROPE_FIELDS[kind]}
-    absent = [name for name in [*list(types)[:5], *_ROPE_FIELDS[kind]] if numbers.get(name) is None]
+    needed = [f.name for f in dataclasses.fields(LlamaConfig) if not f.kw_only]
+    absent = [name for name in [*needed, *_ROPE_FIELDS[kind]] if numbers.get(name) is None]
     if absent:
         raise ValueError(f"no {', '.join(absent)}")
     for name, value in numbers.items():
@@ -2184,57 +2240,9 @@ def _check_weights(config: LlamaConfig, weights: Weights) -> None:
                              f"{list(shape)} from config.json")
 
 
-def block_prefix(i: int) -> str:
-    """What the names of block i's tensors begin with."""
-    return f"model.layers.{i}."
-
-
-def block_weights(weights: Weights, i: int) -> dict[str, Tensor]:
-    """The weights of block i, named as in `Block`."""
-    prefix = block_prefix(i)
-    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-
-
-def non_block_weights(weights: Weights) -> dict[str, Tensor]:
-    """Embedding, last norm and head."""
-    return {n: w for n, w in weights.items() if not n.startswith("model.layers.")}
-
-
 def _n_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of some tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def embed(weights: Weights, tokens_BT: Tensor, device, dtype: torch.dtype) -> Tensor:
-    """The hidden states (B, T, D) that enter the first block."""
-    table_VD = weights["model.embed_tokens.weight"]
-    return F.embedding(tokens_BT.to(table_VD.device), table_VD).to(device=device, dtype=dtype)
-
-
-def read_block(weights: Weights, i: int, device) -> dict[str, Tensor]:
-    """Block i's weights on the device; raises ValueError if one is not finite."""
-    block = block_weights(weights, i)
-    _check_finite(block, block_prefix(i))  # before it moves, which waits for what a GPU has to do
-    return {name: w.to(device) for name, w in block.items()}
-
-
-def _check_finite(weights: Weights, prefix: str = "") -> None:
-    """Raise ValueError for the first tensor with a value that is not finite."""
-    for name, weight in weights.items():
-        if not all(torch.isfinite(bound) for bound in weight.aminmax()):
-            raise ValueError(f"tensor {prefix}{name} holds values that are not finite")
-
-
-def gqa_config(config: LlamaConfig, kv_heads: int) -> LlamaConfig:
-    """The config with fewer KV heads; raises ValueError unless they divide the source's."""
-    source = config.num_key_value_heads
-    if not 1 <= kv_heads < source or source % kv_heads:
-        choices = [g for g in range(1, source) if source % g == 0]
-        raise ValueError(
-            f"{kv_heads} KV heads: the source has {source}, "
-            + (f"choose one of {', '.join(map(str, choices))}" if choices else "nothing to merge")
-        )
-    return dataclasses.replace(config, num_key_value_heads=kv_heads)
 
 
 def save_checkpoint(
@@ -2277,7 +2285,7 @@ class CheckpointWriter:
             shards[-1].append(part)
         weight_map: dict[str, str] = {}
         size = 0
-        for i, shard in enumerate(progress(shards, "write shards", len(shards), delay=2), 1):
+        for i, shard in enumerate(progress(shards, "write shards", delay=2), 1):
             name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             name = "model.safetensors" if len(shards) == 1 else name
             tensors = {n: w for part in shard for n, w in _read_tensors(part).items()}  # mapped
@@ -2458,9 +2466,14 @@ def text_rows(
         found = f"the text has {calibration.numel():,} tokens in whole rows of {seq_len}"
         warnings.warn(f"{found}, not the {tokens:,} asked for: using those", stacklevel=2)
     if held_out is None:
-        n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
-        held_out, calibration = calibration[:n], calibration[n:]  # they stay if more is read
+        held_out, calibration = _split_held_out(calibration)
     return calibration, held_out
+
+
+def _split_held_out(rows_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(The first rows, which are held out and stay so if more is read; the others)."""
+    n = max(1, min(len(rows_BT) // 10, 65_536 // rows_BT.shape[1]))
+    return rows_BT[:n], rows_BT[n:]
 
 
 def row_length(config: LlamaConfig, seq_len: int | None) -> int:
@@ -2713,7 +2726,7 @@ def _text_batches(
     tokenizer takes a hundred bytes for each."""
     order = random.Random(seed).sample(range(len(documents)), len(documents))[::-1]
     batch, size = [], 0
-    for i in progress(order, "tokenize", len(order), unit=" documents", delay=2):
+    for i in progress(order, "tokenize", unit=" documents", delay=2):
         text = documents[i][:longest]
         for at in range(0, max(1, len(text)), 1_000_000):
             batch.append((text[at : at + 1_000_000], at == 0, at + 1_000_000 >= len(text)))
@@ -2807,12 +2820,24 @@ def _warn_of_memory(needed: int, device: torch.device, method: Method) -> None:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on the device, None if the system does not tell."""
-    status = Path("/proc/meminfo")
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if status.exists():
-        return 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", status.read_text())[0])
-    return None
+    status, groups = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not status.exists():
+        return None
+    free = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", status.read_text())[0])
+    for limit, statistics, used in (("memory.max", "memory.stat", "anon"),  # of a container: v2, v1
+            ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss")):
+        with contextlib.suppress(OSError, ValueError):  # "max": there is no limit
+            found = dict(line.split() for line in (groups / statistics).read_text().splitlines())
+            free = min(free, int((groups / limit).read_text()) - int(found.get(used, 0)))
+    return max(0, free)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, of the GPU or of the host."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "can't allocate memory" in str(error))  # a RuntimeError on CPUs
 
 
 def versions() -> str:
@@ -2831,7 +2856,8 @@ def provenance() -> dict[str, Any]:
 
 def without_repeats(scores: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
     """The scores by model, but for mean-pooling's if by the method that is the converted model."""
-    same = method["align"] == "none" and method["group"] == "adjacent" and not method["refit"]
+    trained = method["refit"] or method.get("joint")
+    same = method["align"] == "none" and method["group"] == "adjacent" and not trained
     return {name: of for name, of in scores.items() if not (same and name.startswith("mean"))}
 
 
@@ -2856,7 +2882,8 @@ def write_model_card(
             for name, row in scores.items()]
     tasks = " and on tasks in shares of exact answers" if "mean" in columns else ""
     text = "\n".join([
-        "---", f"base_model: {base}", "library_name: transformers", *head, "---", "",
+        "---", f"base_model: {json.dumps(base, ensure_ascii=False)}",
+        "library_name: transformers", *head, "---", "",
         f"# {base}, grouped-query attention", "",
         f"Made of {base} by mha2gqa {__version__}: {' '.join(how.split())}. What was measured on "
         f"held-out text in nats/token{tasks} (all of it in `mha2gqa.json`):", "",
@@ -2876,32 +2903,38 @@ def write_model_card(
 def _card_head(card: str) -> tuple[list[str], str]:
     """(Lines of YAML to keep of a card's head, with our tags; the text below it).
 
-    As text: what does not say of the original what it would not say of the result stays as it is.
+    As text: what does not say of the original what it would not say of the result stays as it is
+    (a parser of YAML would make `false` of Norwegian, `no`).
     """
     found = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*(?:\n|$)", card, re.DOTALL)
-    key_and_value = r"^([\w-]+):(.*\n(?:[ \t#-].*\n|\n)*)"
+    key_and_value = r"^([\w-]+):(.*\n(?:[] \t#}-].*\n|\n)*)"
     entries = dict(re.findall(key_and_value, found[1], re.M) if found else [])
     for name in ("base_model", "library_name", "model-index", "base_model_relation", "new_version"):
         entries.pop(name, None)
     tags = re.findall(r"[^\s,\[\]\"'-][^\n,\[\]\"']*", entries.pop("tags", ""))
     tags = [*dict.fromkeys([*map(str.strip, tags), "mha2gqa", "grouped-query-attention"])]
     kept = "".join(f"{name}:{value}" for name, value in entries.items()).splitlines()
-    return ["tags:", *(f"- {tag}" for tag in tags), *kept], card[found.end():] if found else card
+    tags = [f"- {json.dumps(tag, ensure_ascii=False)}" for tag in tags]
+    return ["tags:", *tags, *kept], card[found.end():] if found else card
+
+
+def method_steps(method: Mapping[str, Any]) -> list[str]:
+    """What a report's method does, in the words of the options."""
+    return [f"align {method['align']}", *(n for n in ("refit", "joint") if method.get(n))]
 
 
 def _how(report: Mapping[str, Any]) -> str:
     """How a conversion was, or will be, made."""
     heads, method, tokens = report["kv_heads"], report["method"], report["tokens"]
-    steps = [f"align {method['align']}", *(name for name in ("refit", "joint") if method[name]),
-             f"group {method['group']}"]
+    steps = [*method_steps(method), f"group {method['group']}"]
     if method["align"] != "linear":
         steps.append(f"metric {method['metric']}")
     longer = tokens["refit"] > tokens["calibration"]
     return (
         f"{report['num_hidden_layers']} blocks, {heads['source']} to {heads['converted']} KV heads "
-        f"({', '.join(steps)});\n{tokens['calibration']:,} tokens to calibrate, "
-        + f"resampled to {tokens['refit']:,}, " * longer
-        + f"{tokens['held_out']:,} held out, in rows of {tokens['seq_len']:,}")
+        f"({', '.join(steps)});\n{tokens['calibration']:,} tokens to calibrate in rows of "
+        f"{tokens['calibration_seq_len']:,}" + f", resampled to {tokens['refit']:,}" * longer
+        + f"; {tokens['held_out']:,} held out in rows of {tokens['seq_len']:,}")
 
 
 def _plan(report: Mapping[str, Any]) -> str:
@@ -2920,27 +2953,32 @@ class Meter:
 
     peak_memory: {"host": bytes, "cuda": bytes}. host is anonymous memory: the system's high-water
     mark less the pages of mapped files, such as the weights, which it can drop at any time; 0 where
-    /proc does not tell. cuda is the allocator's own peak.
+    /proc does not tell. cuda is the allocator's own peak. Both may start as an earlier session's.
     """
 
-    def __init__(self, device: torch.device, seconds: Mapping[str, float] | None = None):
-        self.device, self.seconds, self.last = device, dict(seconds or {}), time.perf_counter()
-        self.peak_memory = {"host": 0, "cuda": 0}
+    def __init__(
+        self, device: torch.device, seconds: Mapping[str, float] = {},
+        peak_memory: Mapping[str, int] = {}
+    ):
+        self.device, self.seconds, self.last = device, dict(seconds), time.perf_counter()
+        self.peak_memory = {"host": 0, "cuda": 0, **peak_memory}
 
     def lap(self, stage: str) -> None:
         """Add the time since the last lap to the stage, and look at the memory."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.peak_memory["cuda"] = torch.cuda.max_memory_allocated(self.device)
+            self._raise_peak("cuda", torch.cuda.max_memory_allocated(self.device))
         # subtle: pages that are mapped after the mark was set count against it: so at every lap.
         status = Path("/proc/self/status")
         kilobytes = re.findall(r"(\w+):\s+(\d+) kB", status.read_text() if status.exists() else "")
         size = {"VmHWM": 0, "RssFile": 0} | {name: 1024 * int(n) for name, n in kilobytes}
-        host = size["VmHWM"] - size["RssFile"]
-        self.peak_memory["host"] = max(self.peak_memory["host"], host)
+        self._raise_peak("host", size["VmHWM"] - size["RssFile"])
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
         self.last = now
+
+    def _raise_peak(self, where: str, n_bytes: int) -> None:
+        self.peak_memory[where] = max(self.peak_memory[where], n_bytes)
 
 
 class _FlopMeter(Meter):
@@ -2988,7 +3026,7 @@ def benchmark(
         raise ValueError(f"{tokens} tokens: expected at least two rows of {length}")
     generator = torch.Generator().manual_seed(method.seed)
     rows = torch.randint(config.vocab_size, (tokens // length, length), generator=generator)
-    held_out, rows = rows.tensor_split([max(1, min(len(rows) // 10, 65_536 // length))])
+    held_out, rows = _split_held_out(rows)
     rows = calibration_rows(rows)
     check_calibration_rows(rows, method)
     with torch.device("meta"):
@@ -3001,7 +3039,7 @@ def benchmark(
     with meter.counter:
         _convert_and_measure(lambda shard: None, config, new_config, weights, rows, held_out,
                              method, like, meter)
-    fast = torch.bfloat16 if _fast_products({"": like}) else None
+    fast = torch.bfloat16 if _fast_products(place, config.hidden_size) else None
     rates = {dtype: matrix_rate(place, dtype) for dtype in (torch.float32, fast) if dtype}
     floor = {stage: n / rates[("refit" in stage or like.is_cuda) and fast or torch.float32]
              for stage, n in meter.flop.items()}
@@ -3029,16 +3067,18 @@ def _pick_device(name: str) -> torch.device:
 
 
 def progress(
-    items: Iterable, what: str, total: int, inside: bool = False, **options
+    items: Iterable, what: str, total: int | None = None, inside: bool = False, **options
 ) -> Iterable:
     """A progress bar with an estimate of the time left, and where there is no terminal a line now
-    and then. `inside` another bar it comes when it takes longer than a second, and goes."""
+    and then. `inside` another bar it comes when it takes longer than a second, and goes.
+    `total`, if the items do not know their number."""
     from tqdm import tqdm
 
+    total = len(cast(Sequence, items)) if total is None else total
     if inside:
-        what, options = f"  {what}", {"leave": False, "delay": 1, **options}
+        options = {"leave": False, "delay": 1, **options}
     if sys.stderr.isatty() or options.get("disable"):
-        return tqdm(items, what, total, **options)
+        return tqdm(items, "  " * inside + what, total, **options)
     return _progress_lines(items, what, total, options.get("initial", 0), inside)
 
 
@@ -3062,7 +3102,7 @@ def _progress_lines(
             outer[1] = f"{here}, {tqdm.format_interval(left)} left"
         if now - outer[0] > 60:
             outer[0] = now
-            print(outer[1] + f":{here}" * inside, file=sys.stderr, flush=True)
+            print(outer[1] + f": {here}" * inside, file=sys.stderr, flush=True)
     if not inside:
         outer[1] = what
 
@@ -3148,8 +3188,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     for files in (arguments.text, arguments.eval_text):
         if arguments.model is None:  # `--text FILE MODEL OUT`: the option has taken them all
-            first = next((i for i, name in enumerate(files) if Path(name).is_dir() or
-                          _HUB_NAME.fullmatch(name) and not Path(name).exists()), len(files))
+            first = next((i for i, name in enumerate(files) if Path(name).is_dir()), len(files))
             arguments.model, arguments.out = [*files[first:], None, None][:2]
             del files[first : first + 2]
     if arguments.plot:
@@ -3251,8 +3290,7 @@ def _summary(folder: Path) -> tuple[str, int, dict[str, int], float]:
         else:
             how, losses = report["method"], report["loss_nats_per_token"]
         read = report["done"]["tokens"] if "done" in report else report["tokens"]["calibration"]
-        parts = [f"align {how['align']}", *(name for name in ("refit", "joint") if how.get(name)),
-                 *["training"] * ("scores" in report)]
+        parts = [*method_steps(how), *["training"] * ("scores" in report)]
         gap = losses["converted"] - losses["source"]
         return ", ".join(parts), int(read), report["kv_cache_bytes_per_token"], gap
     except (KeyError, TypeError, AttributeError):
@@ -3345,8 +3383,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                              dry_run=a.dry_run, log=lambda line: print(line, flush=True))
             if not a.dry_run:
                 _print_table(report, a.out)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        reason = str(error).split("\n")[0]
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        reason = str(error).split("\n")[0] or "not enough memory"
         print(f"error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -204,6 +204,12 @@ def save_in_shards(*arguments):
         m.save_checkpoint(*arguments)
 
 
+@pytest.fixture(autouse=True)
+def no_line_yet(monkeypatch):
+    """No test prints the line of progress that is due since another one."""
+    monkeypatch.setattr(m, "_last_line", [time.monotonic(), ""])
+
+
 @pytest.fixture(scope="session")
 def corpus(trained):
     return m.Corpus(trained / "text.jsonl", tokens=20_000)
@@ -1046,6 +1052,14 @@ def test_refit_brings_a_block_back(dtype, longest):
     assert short[1].square().sum() < 0.3 * short[0].square().sum()
     again, _ = m.refit_block(config, noisy, x, wanted, seed=0)
     assert same_weights(found, again)
+
+
+def test_a_bias_of_zeros_learns():
+    """Models whose biases were added later; but a matrix of zeros has no scale to learn at."""
+    weights = {"q.weight": torch.full((2, 4), 0.5), "q.bias": torch.zeros(2),
+               "k.weight": torch.zeros(2, 4)}
+    assert m._rates(weights, 0.4) == pytest.approx(
+        {"q.weight": 0.1, "q.bias": 0.2 / 2**0.5, "k.weight": 0})
 
 
 @pytest.mark.slow
@@ -1934,14 +1948,14 @@ def test_without_a_terminal_a_line_a_minute(capfd, monkeypatch):
     """200 blocks of 2 steps of 7 s: 46 minutes and 40 s."""
     clock = itertools.count(0, 7)
     monkeypatch.setattr(m.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(m, "_last_line", [0, ""])
     now = [next(clock)]
+    m._last_line[0] = now[0]
     for _ in m.progress(range(200), "convert", 200):
         for _ in m.progress(range(2), "refit", 2, inside=True):
             now[0] = next(clock)
     lines = capfd.readouterr().err.splitlines()
     assert 40 <= len(lines) <= 46
-    assert lines[0] == "convert 4/200, 45:44 left:  refit 1/2"
+    assert lines[0] == "convert 4/200, 45:44 left: refit 1/2"
     assert re.fullmatch(r"convert 200/200, 00:00 left|convert 19\d/200, .*", lines[-1])
 
 
@@ -1968,8 +1982,8 @@ def test_convert_and_evaluate_by_command(trained, tmp_path, capfd):
     *plan, table = out.split("\n", 3)
     assert re.match(r"2 blocks, 8 to 4 KV heads "
                     r"\(align linear, refit, joint, group energy\);\n"
-                    r"5,\d{3} tokens to calibrate, resampled to 10,\d{3}, 576 held out, "
-                    r"in rows of 32;\n"
+                    r"5,\d{3} tokens to calibrate in rows of 32, resampled to 10,\d{3}; "
+                    r"576 held out in rows of 32;\n"
                     r"about 0\.\d+ GB of memory \(cpu\) and 0\.\d+ GB of disk$", "\n".join(plan))
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 100
     table = table.splitlines()
@@ -2362,8 +2376,8 @@ def test_a_model_of_the_hub(trained, tmp_path, capfd, monkeypatch):
     card = (tmp_path / "out/README.md").read_text()
     _, head, text = card.split("---\n", 2)
     assert head.splitlines() == [
-        "base_model: owner/name", "library_name: transformers", "tags:", "- a", "- mha2gqa",
-        "- grouped-query-attention", "license: mit", "language:", "- no"]
+        'base_model: "owner/name"', "library_name: transformers", "tags:", '- "a"', '- "mha2gqa"',
+        '- "grouped-query-attention"', "license: mit", "language:", "- no"]
     assert text.startswith("\n# owner/name, grouped-query attention\n")
     assert text.endswith("\n# The model\n")
     loss = json.loads((tmp_path / "out/mha2gqa.json").read_text())["loss_nats_per_token"]
@@ -2397,10 +2411,33 @@ def test_a_card_of_any_kind_stays_below(trained, tmp_path, readme):
     m.write_model_card(tmp_path / "out", tmp_path, {"source": 2, "converted": 1},
                        {"source": {"loss": 3.0}, "converted": {"loss": 3.5}}, "so")
     card = (tmp_path / "out/README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {tmp_path.name}\n")
+    assert card.startswith(f'---\nbase_model: "{tmp_path.name}"\n')
     assert "| converted | 3.5000 | 1 |" in card
     assert card.endswith(f"\n---\n\nThe original's card:\n\n{readme}\n" if readme else "EMNLP 2025 "
                          "(arXiv:2412.20677).\n")
+
+
+def test_the_head_of_a_card_is_yaml(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    source = tmp_path / "model: v1"
+    source.mkdir()
+    (source / "README.md").write_text(
+        "---\nlicense: mit\ntags: [\n  x, 'b: c'\n]\nwidget:\n- text: tags\nlanguage: 'no'\n"
+        "inference: false\nbase_model: {\n a\n}\n---\nText")
+    m.write_model_card(tmp_path, source, {"source": 2, "converted": 1},
+                       {"source": {"loss": 3.0}, "converted": {"loss": 3.5}}, "so")
+    head = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
+    assert head == {"base_model": "model: v1", "library_name": "transformers",
+                    "tags": ["x", "b: c", "mha2gqa", "grouped-query-attention"], "license": "mit",
+                    "widget": [{"text": "tags"}], "language": "no", "inference": False}
+
+
+def test_mean_pooling_is_said_once_where_it_is_the_result():
+    scores = {"source": 0.0, "mean_pooled": 2.0, "converted": 2.0}
+    plain = {"align": "none", "group": "adjacent", "refit": False}
+    assert list(m.without_repeats(scores, plain)) == ["source", "converted"]
+    for trained in ("refit", "joint"):
+        assert m.without_repeats(scores, {**plain, trained: True}) == scores
 
 
 def test_one_kv_head_is_nothing_to_merge(trained, tmp_path, capfd):
@@ -2547,6 +2584,35 @@ def test_a_full_disk_at_the_small_files(trained, tmp_path, capfd, monkeypatch, m
     monkeypatch.setattr(m, "_SHARD_BYTES", 0)  # so that there is an index
     refused(capfd, tmp_path, "No space left on device", trained / "mha", tmp_path / "out",
             "--kv-heads", 4, "--text", trained / "text.jsonl", "--tokens", 1000, "--align", "none")
+
+
+def test_logits_that_are_not_finite_are_no_result(tmp_path, trained, capfd):
+    config, weights = m.load_checkpoint(trained / "mha")
+    weights = {**weights, "lm_head.weight": torch.full_like(weights["lm_head.weight"], 1e38)}
+    m.save_checkpoint(tmp_path / "x", config, weights, trained / "mha")
+    message = "the source model's logits are not finite"
+    refused(capfd, tmp_path, message, tmp_path / "x", tmp_path / "out", "--kv-heads", 4, "--text",
+            trained / "text.jsonl", "--tokens", 1000, "--align", "none")
+    refused(capfd, tmp_path, message, "--evaluate", tmp_path / "x", "--text",
+            trained / "text.jsonl")
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "error: Default.*\n"),
+    (MemoryError(), "error: not enough memory\n"),
+    (torch.OutOfMemoryError("CUDA o"), "error: CUDA o\n"),
+    (RuntimeError("a mistake of ours"), None)])
+def test_too_little_memory_is_one_line(capfd, monkeypatch, error, said):
+    def convert(*_, **__):
+        raise error
+
+    monkeypatch.setattr(m, "convert", convert)
+    if said is None:
+        with pytest.raises(RuntimeError, match="of ours"):
+            command(capfd, "x", "y", "--kv-heads", 4, "--text", "z")
+    else:
+        status, out, err = command(capfd, "x", "y", "--kv-heads", 4, "--text", "z")
+        assert (status, out) == (2, "") and re.fullmatch(said, err)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -3206,7 +3272,7 @@ def test_what_is_not_trained_is_written_as_it_was(alone, source, tmp_path, monke
     monkeypatch.setattr(train_gqa, "compute_dtype", lambda device: torch.bfloat16)
     meta = train_gqa.meta_model(source.config, trained="attention")
     model = train_gqa.shard(meta, train_gqa.Place(alone))
-    train_gqa.load_checkpoint(model, source)
+    train_gqa.fill(model, source)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     rows = train_gqa.text_batch(random_tokens(source.config, batch=2, time=16))
     train_gqa.backward(model, rows, train_gqa.cross_entropy())

@@ -154,8 +154,8 @@ def micro_batches(batch: TokenBatch, device: torch.device) -> Iterator[TokenBatc
 def start_processes() -> torch.device:
     """Join torchrun's processes, or be the only one; returns this process's device.
 
-    Raises ValueError if there are more processes here than GPUs, if what torchrun would have set is
-    not what it sets, or if they do not find each other.
+    Raises ValueError if there are more processes here than GPUs or these know no bfloat16, if what
+    torchrun would have set is not what it sets, or if they do not find each other.
     """
     for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1),
                         ("MASTER_PORT", 1)):
@@ -181,6 +181,9 @@ def start_processes() -> torch.device:
         raise ValueError(f"the processes do not find each other ({error_line(error)})") from None
     if not cuda:
         return torch.device("cpu")
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"{torch.cuda.get_device_name()} does not compute in bfloat16, which "
+                         "training on a GPU needs; CUDA_VISIBLE_DEVICES= makes it run on the CPU")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
@@ -252,7 +255,7 @@ def on_rank_0(function: Callable):
     return raise_on_all_ranks(function if is_rank_0() else lambda: None)
 
 
-def progress(items: Iterable, name: str, total: int, **options) -> Iterable:
+def progress(items: Iterable, name: str, total: int | None = None, **options) -> Iterable:
     """`mha2gqa.progress` on rank 0, nothing on the others."""
     return mha2gqa.progress(items, name, total, **options, disable=not is_rank_0())
 
@@ -362,9 +365,7 @@ def shard(model: mha2gqa.Llama, place: Place) -> mha2gqa.Llama:
         if not p.requires_grad:
             p.data = p.to(dtype)
     if place.compiled:
-        torch._dynamo.config.recompile_limit = 64  # all models of a run share a block's code
-        # Documents of other lengths would have it compiled anew.
-        mha2gqa._by_documents = torch.compiler.disable(mha2gqa._by_documents)
+        prepare_to_compile()
     for block in model.model.layers:
         if place.compiled:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
@@ -375,6 +376,14 @@ def shard(model: mha2gqa.Llama, place: Place) -> mha2gqa.Llama:
     fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
     model.to_empty(device="cpu" if place.offload else device)
     return model
+
+
+@functools.cache
+def prepare_to_compile() -> None:
+    """Settings of torch.compile, once."""
+    torch._dynamo.config.recompile_limit = 64  # all models of a run share a block's code
+    # Documents of other lengths would have it compiled anew.
+    mha2gqa._by_documents = torch.compiler.disable(mha2gqa._by_documents)
 
 
 def compute_device(model: nn.Module) -> torch.device:
@@ -410,7 +419,7 @@ def load_sharded(
     return model
 
 
-def load_checkpoint(model: mha2gqa.Llama, source: Checkpoint) -> None:
+def fill(model: mha2gqa.Llama, source: Checkpoint) -> None:
     """`load_sharded` of a checkpoint."""
     load_sharded(model, source.blocks(), mha2gqa.non_block_weights(source.weights))
 
@@ -446,10 +455,9 @@ def save_model(
     with contextlib.ExitStack() as stack:
         writer = on_rank_0(lambda: stack.enter_context(
             mha2gqa.new_checkpoint(path, config, size, source.path)))
-        for i in range(config.num_hidden_layers + 1):
-            prefix = mha2gqa.block_prefix(i)
-            part = {name: p for name, p in named.items() if name.startswith(prefix)}
-            part = part or mha2gqa.non_block_weights(named)
+        prefixes = map(mha2gqa.block_prefix, range(config.num_hidden_layers))
+        blocks = ({n: p for n, p in named.items() if n.startswith(prefix)} for prefix in prefixes)
+        for part in itertools.chain(blocks, [mha2gqa.non_block_weights(named)]):
             full = {name: gathered(p) for name, p in part.items() if p.requires_grad}
             full |= {name: start.weights[name] for name in part if name not in full}
             on_rank_0(lambda full=full: writer.write(
@@ -457,7 +465,7 @@ def save_model(
         on_rank_0(stack.close)
 
 
-def free_memory() -> None:
+def release_memory() -> None:
     """Free sharded models that are no longer used: they are in reference cycles."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -692,7 +700,7 @@ def backward(
     counts = [max(1, int((batch.loss_bits & bit > 0).sum())) for bit in objective.parts.values()]
     count, total = torch.tensor(counts, device=device), torch.zeros(len(counts), device=device)
     batches = list(micro_batches(batch, device))
-    for micro in progress(batches, "step", len(batches), inside=True):
+    for micro in progress(batches, "step", inside=True):
         readout = objective.make_readout(micro)
         lap("teacher")
         losses = model(micro.tokens, micro.document, readout) / count
@@ -871,7 +879,7 @@ def eval_batches(data: TokenBatch, device: torch.device, name: str) -> Iterable[
     padding = data[[0] * (-len(data) % dist.get_world_size())]
     padding = dataclasses.replace(padding, loss_bits=torch.zeros_like(padding.loss_bits))
     batches = list(micro_batches(concatenate([data, padding]), device))
-    return progress(batches, f"evaluate {name}", len(batches), leave=False)
+    return progress(batches, f"evaluate {name}", leave=False)
 
 
 @torch.no_grad()
@@ -1027,7 +1035,8 @@ class Report:
         self.file = args.out / "report.json"
         self.content: dict[str, Any] = broadcast_from_rank_0(on_rank_0(lambda: self.read(args)))
         self.scores = self.content["scores"]
-        self.meter = mha2gqa.Meter(device, self.content["seconds"])
+        self.meter = mha2gqa.Meter(
+            device, self.content["seconds"], self.content.get("peak_memory_bytes", {}))
 
     def read(self, args: Arguments) -> dict[str, Any]:
         out, arguments = args.out, args.to_json()
@@ -1055,8 +1064,7 @@ class Report:
 
         def write():
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.content, indent=2, ensure_ascii=False) + "\n"
-            write_whole(self.file, lambda new: new.write_text(text, encoding="utf-8"))
+            write_whole(self.file, lambda new: mha2gqa.write_json(new, self.content))
 
         on_rank_0(write)
 
@@ -1080,7 +1088,7 @@ class Report:
             self.scores[name] = evaluate_model(model(), teacher, data, name)
             self.meter.lap("evaluate")
             self.write()
-            free_memory()
+            release_memory()
 
 
 def is_report(content: Mapping[str, Any]) -> bool:
@@ -1091,6 +1099,7 @@ def is_report(content: Mapping[str, Any]) -> bool:
     scores: Any = content.get("scores")
     number = float | int
     if not (is_of(object, content.get("arguments")) and is_of(number, content.get("seconds"))
+            and is_of(number, content.get("peak_memory_bytes", {}))
             and is_of(list, content.get("files", {})) and is_of(dict, scores)
             and all(is_of(number, found) for found in scores.values())):
         return False
@@ -1146,9 +1155,9 @@ def make_schedule(
 def text_split(
     model_dir: str | Path, config: mha2gqa.LlamaConfig, corpus: mha2gqa.Corpus, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """`mha2gqa.text_rows` without its warning: a short text is read again, in epochs."""
+    """`mha2gqa.text_rows` without its warning of a short text, which is read again, in epochs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", message="the text has")
         return mha2gqa.text_rows(model_dir, config, corpus, seed)
 
 
@@ -1317,10 +1326,10 @@ def fine_tuned_teacher(
     if not broadcast_from_rank_0(folder.exists()):
         model = shard(meta_model(source.config, trained=args.train), args.place(device))
         schedule = make_schedule(args, "fine-tune", source.config, data)
-        train(model, data, cross_entropy(), schedule, sft, lambda: load_checkpoint(model, source))
+        train(model, data, cross_entropy(), schedule, sft, lambda: fill(model, source))
         save_model(folder, model, source.config, source, source)
         del model
-        free_memory()
+        release_memory()
     if is_rank_0():
         shutil.rmtree(sft, ignore_errors=True)
     return raise_on_all_ranks(lambda: Checkpoint.open(folder))
@@ -1366,7 +1375,8 @@ def run_stages(
         tuned = fine_tuned_teacher(args, source, data.train, device)
         report.meter.lap("fine-tune")
     teacher = frozen_checkpoint(tuned, place)
-    report.score("source", data, teacher, lambda: frozen_checkpoint(source, place))
+    report.score("source", data, teacher, lambda:
+                 teacher if args.source_teaches else frozen_checkpoint(source, place))
     if not args.source_teaches:
         report.score("teacher", data, teacher, lambda: teacher)
     start = tuned if args.teacher_is_converted else source
@@ -1396,7 +1406,7 @@ def run_stages(
         save_model(result, student, new_config, source, start)
         report.meter.lap("write")
         del student, masks
-        free_memory()
+        release_memory()
     written = raise_on_all_ranks(lambda: Checkpoint.open(result))
     report.score("distilled", data, teacher, lambda: frozen_checkpoint(written, place))
 
@@ -1405,7 +1415,7 @@ def describe_result(args: Arguments, report: Mapping[str, Any]) -> None:
     """Write what was done and measured beside the result: mha2gqa.json and a model card."""
     folder, method, done = args.out / "gqa", report["arguments"], report.get("done")
     if done and not (folder / "README.md").exists():
-        steps = [f"align {method['align']}", *["refit"] * method["refit"],
+        steps = [*mha2gqa.method_steps(method),
                  *["a teacher of its own"] * (not args.source_teaches)]
         before, after = done["kv_heads"]
         how = (f"{before} to {after} KV heads ({', '.join(steps)}), then "
@@ -1490,7 +1500,7 @@ def benchmark(args: Arguments, device: torch.device) -> None:
 
     try:
         meter = timed(args)
-        free_memory()
+        release_memory()
         without = meter if args.no_masks else timed(dataclasses.replace(args, no_masks=True))
     finally:
         on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -1717,7 +1727,7 @@ def make_demo_source(corpus: mha2gqa.Corpus, device: torch.device) -> None:
     model = shard(meta_model(config), Place(device))
     schedule = Schedule("make the source", 400, 16, 3e-3, 0, seed=0, save_every=0)
     train(model, text_batch(rows), cross_entropy(), schedule, DEMO / "pretraining",
-          lambda: load_checkpoint(model, start))
+          lambda: fill(model, start))
     save_model(DEMO / "source", model, config, start, start)
     if is_rank_0():
         shutil.rmtree(DEMO / "pretraining", ignore_errors=True)
@@ -1860,11 +1870,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_rank_0() if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} More processes, --checkpoint-activations or a "
-              "shorter --seq-len take less", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if mha2gqa.is_out_of_memory(error):
+            print(f"error: {(str(error) or 'not enough memory').splitlines()[0]} More processes, "
+                  "--checkpoint-activations or a shorter --seq-len take less", file=sys.stderr)
+            return 2
         if not is_lost_process(error):
             raise
         if os.environ.get("RANK") in ("0", "1"):  # one of them at least has not ended before
