@@ -795,19 +795,19 @@ def _similarity(inner_KK: Tensor, n_tokens: int, metric: str) -> Tensor:
 
 
 def discarded_energy(statistics: BlockStatistics) -> Tensor:
-    """What linear alignment loses when two heads share: (K, K), symmetric.
+    """What is lost when two heads share, as they are or in linear alignment: (2, K, K), symmetric.
 
-        loss_ij = keys_ij / mean keys + values_ij / mean values
+        loss_ij = keys_ij / mean keys + values_ij / mean values      (means: of aligned heads)
 
     keys_ij: in each plane a shared key keeps one of the pair's two eigenvalues, the smaller one is
     lost (of normed keys half of the difference of the two, see `normed_keys`). values_ij: a shared
-    value keeps E of the pair's 2E eigenvalues, the E smallest are lost. The loss of a larger
-    group is taken to be the sum over its pairs.
+    value keeps E of the pair's 2E eigenvalues, the E smallest are lost. As they are, both become
+    their mean. The loss of a larger group is taken to be the sum over its pairs.
     """
     k, e = statistics.output_KEE.shape[:2]
     root_KP, s_KEE = statistics.query_KP.sqrt(), statistics.output_KEE
     pairs = torch.combinations(torch.arange(k))
-    lost_of, energy_of = [], []  # (keys, values) of each pair
+    lost_of, energy_of = [], []  # (as they are, aligned) and (keys, values) of each pair
     for chunk in pairs.split(64):  # all at once would be a gigabyte
         i, j = chunk[:, :, None], chunk[:, None, :]
         root = root_KP[chunk].movedim(-1, 0)  # (P, pairs, 2)
@@ -821,16 +821,23 @@ def discarded_energy(statistics: BlockStatistics) -> Tensor:
             mean = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)
             power = root.square().mean(-1)
             keys = power[..., None] * torch.stack([mean - agree, mean + agree], -1)
-        values = torch.linalg.eigvalsh(
-            _block_matrix(s_KEE[i] @ statistics.value_KKEE[i, j] @ s_KEE[j]))
-        lost_of.append(torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)]))
+        c = statistics.value_KKEE[i, j]
+        values = torch.linalg.eigvalsh(_block_matrix(s_KEE[i] @ c @ s_KEE[j]))
+        # Of x and y with weights a and b, a |x − (x+y)/2|² + b |y − (x+y)/2|² = (a+b)/4 |x − y|².
+        apart = (gram[..., 0, 0] + gram[..., 1, 1] - 2 * gram[..., 0, 1]).real
+        as_they_are = torch.stack([
+            (root.square().sum(-1) * apart).sum(0),
+            ((s_KEE @ s_KEE)[chunk].sum(1) * (c[:, 0, 0] + c[:, 1, 1] - 2 * c[:, 0, 1])
+             ).sum((1, 2))]) / 4
+        lost_of.append(torch.stack([
+            as_they_are, torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)])]))
         energy_of.append(torch.stack([keys.sum((0, 2)), values.sum(1)]))
-    lost, energy = torch.cat(lost_of, dim=1), torch.cat(energy_of, dim=1).mean(1, keepdim=True)
+    lost, energy = torch.cat(lost_of, dim=2), torch.cat(energy_of, dim=1).mean(1, keepdim=True)
     # subtle: losses below a 1e-12th of the energy are rounding, and count as none.
-    lost = (lost / lost.mean(1, keepdim=True).clamp(min=1e-12 * energy + _TINY)).sum(0)
-    loss_KK = torch.zeros(k, k, dtype=torch.float64)
-    loss_KK[pairs[:, 0], pairs[:, 1]] = lost
-    return loss_KK + loss_KK.mT
+    lost = (lost / lost[1].mean(1, keepdim=True).clamp(min=1e-12 * energy + _TINY)).sum(1)
+    loss_2KK = torch.zeros(2, k, k, dtype=torch.float64)
+    loss_2KK[:, pairs[:, 0], pairs[:, 1]] = lost
+    return loss_2KK + loss_2KK.mT
 
 
 def anneal_groups(
@@ -1178,10 +1185,9 @@ def converted_blocks(
         if what := statistics.first_nonfinite():
             raise ValueError(f"block {i}: its {what} on this text are not finite")
         lap("calibrate")
-        groups, s_KK = _choose_groups(statistics, kv_heads, method, method.seed + i)
+        groups, pairs = _choose_groups(statistics, kv_heads, method, method.seed + i)
         maps, report = _align_groups(statistics, groups, method)
-        if s_KK is not None:
-            report["pairs"] = [[float(f"{s:.3g}") for s in row] for row in s_KK.tolist()]
+        report |= {"pairs": pairs} if pairs else {}
         lap("align")
         mapped = transform(source, config, sum(groups, []), maps)
         converted = _as_dtypes_of(source, merge(mapped, config, kv_heads))
@@ -1207,19 +1213,26 @@ def converted_blocks(
 
 def _choose_groups(
     statistics: BlockStatistics, kv_heads: int, method: Method, seed: int
-) -> tuple[list[list[int]], Tensor | None]:
-    """The units of each of `kv_heads` groups, and how well pairs fit (K, K), if that was asked."""
+) -> tuple[list[list[int]], dict[str, list[list[float]]]]:
+    """The units of each of `kv_heads` groups, and how well each pair fits, if that was asked:
+    {"before": (K, K), "after"} the alignment, which decides if there is one."""
     if method.group == "adjacent":
-        return torch.arange(len(statistics.output_KEE)).view(kv_heads, -1).tolist(), None
+        return torch.arange(len(statistics.output_KEE)).view(kv_heads, -1).tolist(), {}
     if method.group == "energy":
-        s_KK = -discarded_energy(statistics)
+        s_2KK = -discarded_energy(statistics)
     else:
         by_key = method.group == "key"
         gram = statistics.key_PKK if by_key else statistics.value_KKEE
+        inner_KK = gram.real.sum(0) if by_key else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         if by_key and statistics.turns_P is not None:  # the others change only their sign
             gram = torch.where(statistics.turns_P[:, None, None], gram, gram.real.to(gram.dtype))
-        s_KK = head_similarity(gram, statistics.n_tokens, method.metric, rope=by_key)
-    return anneal_groups(s_KK, kv_heads, seed), s_KK
+        s_2KK = torch.stack([
+            _similarity(inner_KK, statistics.n_tokens, method.metric),
+            head_similarity(gram, statistics.n_tokens, method.metric, rope=by_key)])
+    s_2KK = s_2KK[:1] if method.align == "none" else s_2KK
+    rounded = [[[float(f"{s:.3g}") for s in row] for row in s_KK] for s_KK in s_2KK.tolist()]
+    return anneal_groups(s_2KK[-1], kv_heads, seed), dict(
+        zip(("before", "after"), rounded, strict=False))
 
 
 def _align_groups(
@@ -1843,10 +1856,19 @@ _MODEL_TYPES: dict[str, dict[str, int]] = {
 # What models would need that are often asked for.
 _NEEDS = {
     "smollm3": "layers without RoPE", "phi3": "fused qkv_proj and gate_up_proj",
+    "olmo": "norms without weights",
     "olmo2": "norms behind attention and MLP, and of all queries or keys together",
+    "olmo3": "norms behind attention and MLP, and of all queries or keys together; windows",
+    "gemma": "norms of 1 + weight, scaled embeddings, GELU",
     "gemma2": "soft caps of logits and scores, windows, norms of 1 + weight",
-    "gemma3_text": "windows, norms of 1 + weight", "qwen3_moe": "a mixture of experts",
-    "mixtral": "a mixture of experts", "deepseek_v3": "latent attention and experts",
+    "gemma3_text": "windows, norms of 1 + weight",
+    "granite": "factors on embeddings, scores, residuals and logits",
+    "cohere": "attention beside the MLP, RoPE of neighbouring dimensions",
+    "llama4_text": "experts, layers without RoPE, attention in chunks",
+    "mixtral": "experts", "qwen2_moe": "experts", "qwen3_moe": "experts",
+    "deepseek_v2": "latent attention, experts", "deepseek_v3": "latent attention, experts",
+    "gpt2": "learned positions, LayerNorm", "gpt_neox": "LayerNorm, partial RoPE, fused qkv",
+    "qwen3_next": "linear attention, experts",
 }
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -1919,9 +1941,13 @@ def model_folder(model: PathLike, weights: bool = True) -> Path:
         if weights and not list(folder.glob("model*.safetensors")):
             snapshot_download(str(model), allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # of several packages
-        reason = ": ".join([type(error).__name__, *str(error).strip().split("\n")[:1]])
-        raise ValueError(f"{model}: no such directory, and the Hugging Face hub does not give it "
-                         f"({reason})") from None
+        kind = type(error).__name__
+        reason = {"LocalEntryNotFoundError": "it cannot be reached, and nothing was kept of before",
+                  "RepositoryNotFoundError": "it has none of that name, or it wants a login",
+                  "GatedRepoError": "it wants a login, hf auth login, and your consent"}.get(
+            kind, textwrap.shorten(f"{kind}: " + str(error).strip().split("\n")[0], 80))
+        raise ValueError(f"{model}: no such directory, and the hub does not give it ({reason})"
+                         ) from None
     return folder
 
 
@@ -2875,7 +2901,8 @@ def write_model_card(
     old = ""
     with contextlib.suppress(OSError):
         old = (source / "README.md").read_text("utf-8", errors="replace")
-    head, below = _card_head(old)
+    head, below, before = _card_head(old)
+    base = before or base
     columns = list(next(iter(scores.values())))
     rows = [f"| {name.replace('_', '-')} | " + " | ".join(f"{row[c]:.4f}" for c in columns)
             + f" | {cache['source' if name in ('source', 'teacher') else 'converted']:,} |"
@@ -2892,16 +2919,26 @@ def write_model_card(
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'model = AutoModelForCausalLM.from_pretrained("DIRECTORY")',
         'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")', "```", "",
-        "The method begins with Jin et al., Align Attention Heads Before Merging Them, Findings of "
-        "EMNLP 2025 (arXiv:2412.20677).", ""])
+        "The method begins with", "", "```bibtex", _CITATION, "```", ""])
     if below.strip():
         text += f"\n---\n\nThe original's card:\n\n{below.strip()}\n"
     with writing(folder / "README.md"):
         (folder / "README.md").write_text(text, "utf-8")
 
 
-def _card_head(card: str) -> tuple[list[str], str]:
-    """(Lines of YAML to keep of a card's head, with our tags; the text below it).
+_CITATION = """@inproceedings{jin2025align,
+  title     = {Align Attention Heads Before Merging Them:
+               An Effective Way for Converting {MHA} to {GQA}},
+  author    = {Jin, Qingyun and Song, Xiaohui and Zhou, Feng and Qin, Zengchang},
+  booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2025},
+  year      = {2025},
+  note      = {arXiv:2412.20677}
+}"""
+
+
+def _card_head(card: str) -> tuple[list[str], str, str]:
+    """(Lines of YAML to keep of a card's head, with our tags; the text below it; the base model, if
+    the card is one of ours).
 
     As text: what does not say of the original what it would not say of the result stays as it is
     (a parser of YAML would make `false` of Norwegian, `no`).
@@ -2909,13 +2946,15 @@ def _card_head(card: str) -> tuple[list[str], str]:
     found = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*(?:\n|$)", card, re.DOTALL)
     key_and_value = r"^([\w-]+):(.*\n(?:[] \t#}-].*\n|\n)*)"
     entries = dict(re.findall(key_and_value, found[1], re.M) if found else [])
-    for name in ("base_model", "library_name", "model-index", "base_model_relation", "new_version"):
+    base = entries.pop("base_model", "").strip().strip('"')
+    for name in ("library_name", "model-index", "base_model_relation", "new_version"):
         entries.pop(name, None)
     tags = re.findall(r"[^\s,\[\]\"'-][^\n,\[\]\"']*", entries.pop("tags", ""))
+    ours = "mha2gqa" in tags
     tags = [*dict.fromkeys([*map(str.strip, tags), "mha2gqa", "grouped-query-attention"])]
     kept = "".join(f"{name}:{value}" for name, value in entries.items()).splitlines()
-    tags = [f"- {json.dumps(tag, ensure_ascii=False)}" for tag in tags]
-    return ["tags:", *tags, *kept], card[found.end():] if found else card
+    lines = ["tags:", *(f"- {json.dumps(tag, ensure_ascii=False)}" for tag in tags), *kept]
+    return lines, card[found.end():] if found else card, base if ours else ""
 
 
 def method_steps(method: Mapping[str, Any]) -> list[str]:
@@ -3183,8 +3222,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--benchmark", action="store_true", help="time the conversion of a model of MODEL's shape, "
         "with random weights and tokens; writes nothing")
     if not (sys.argv[1:] if argv is None else argv):
-        parser.exit(2, parser.format_usage() + "the demo, which makes and converts a small model: "
-                    "torchrun train_gqa.py, or once it is installed train-gqa\n")
+        parser.exit(2, parser.format_usage() + "the demo, which makes and converts a small model:\n"
+                    "       torchrun train_gqa.py, or once it is installed train-gqa\n")
     arguments = parser.parse_args(argv)
     for files in (arguments.text, arguments.eval_text):
         if arguments.model is None:  # `--text FILE MODEL OUT`: the option has taken them all
@@ -3231,7 +3270,8 @@ def _print_table(report: Mapping[str, Any], out: str) -> None:
                        ("joint_kl", "KL on calibration rows, before and after the joint refit")):
         if name in report:
             mean = report[name]
-            print(f"{what}\n  {'mean':<12}{mean['before']:8.4f} -> {mean['after']:.4f}")
+            note = ", no gain: left out" * (mean["before"] == mean["after"])
+            print(f"{what}\n  {'mean':<12}{mean['before']:8.4f} -> {mean['after']:.4f}{note}")
     print(f"KV cache, bytes a token\n  {cache['source']:,} -> {cache['converted']:,}")
     stages = textwrap.fill(", ".join(
         f"{name} {value:.1f}" for name, value in report["seconds"].items()), 96)
@@ -3261,53 +3301,55 @@ def plot(folders: Sequence[PathLike], file: PathLike) -> None:
     except ImportError:
         raise ValueError("plots need matplotlib: pip install matplotlib") from None
     folder = Path(folders[0])
-    metrics = folder / "metrics.jsonl"
+    metrics, training = folder / "metrics.jsonl", (folder / "report.json").exists()
     figure = Figure((8.5 if len(folders) > 1 else 12, 4), layout="constrained")
     try:
         if len(folders) > 1:
             _plot_runs(figure.subplots(), [_summary(Path(folder)) for folder in folders])
-        elif metrics.exists():
+        elif training:
             lines = metrics.read_text(errors="replace").splitlines(keepends=True)
             _plot_training(figure, [json.loads(line) for line in lines if line.endswith("}\n")])
         else:
-            _plot_conversion(figure, read_json(folder / "mha2gqa.json")["layers"])
-    except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
+            _plot_conversion(figure, read_json(folder / "mha2gqa.json"))
+    except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError, OSError):
         raise ValueError(f"{folder}: nothing to draw; expected the OUT of a conversion, or of a "
                          "training that has made steps") from None
     with writing(Path(file)):
         figure.savefig(file, dpi=150)
 
 
-def _summary(folder: Path) -> tuple[str, int, dict[str, int], float]:
-    """(How a run was made, of how many tokens, its bytes of KV cache a token, its loss above the
-    source's)."""
+def _summary(folder: Path) -> tuple[tuple[str, str, str], Mapping[str, int], float]:
+    """((how a run was made, of how much text, its source), its bytes of KV cache a token, its loss
+    above the source's)."""
     training = folder / "report.json"
     report = read_json(training if training.exists() else folder / "mha2gqa.json")
     try:
         if "scores" in report:
             how, losses = report["arguments"], {n: s["loss"] for n, s in report["scores"].items()}
-            losses["converted"] = losses["distilled"]
+            losses["converted"], read = losses["distilled"], report["tokens"]["training"]
+            source = how["model"]
         else:
             how, losses = report["method"], report["loss_nats_per_token"]
-        read = report["done"]["tokens"] if "done" in report else report["tokens"]["calibration"]
-        parts = [*method_steps(how), *["training"] * ("scores" in report)]
-        gap = losses["converted"] - losses["source"]
-        return ", ".join(parts), int(read), report["kv_cache_bytes_per_token"], gap
-    except (KeyError, TypeError, AttributeError):
+            source, read = report["source"], report["tokens"]["calibration"]
+        steps = ", ".join([*method_steps(how), *["training"] * ("scores" in report)])
+        return ((steps, f"{read:,} tokens", Path(source).name), report["kv_cache_bytes_per_token"],
+                losses["converted"] - losses["source"])
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{folder}: no finished run with losses on held-out text") from None
 
 
-def _plot_runs(axes, runs: Sequence[tuple[str, int, Mapping[str, int], float]]) -> None:
+def _plot_runs(
+    axes, runs: Sequence[tuple[tuple[str, str, str], Mapping[str, int], float]]
+) -> None:
     """What runs cost in loss, against the KV cache that is left; those of one way are joined."""
-    same_text = len({tokens for _, tokens, _, _ in runs}) == 1
-    ways = [how if same_text else f"{how}, {tokens:,} tokens" for how, tokens, _, _ in runs]
+    ways = [run[0] for run in runs]
+    said = [n for n in range(3) if n == 0 or len({way[n] for way in ways}) > 1]  # what differs
     for way, marker in zip(dict.fromkeys(ways), itertools.cycle("os^Dv*P"), strict=False):
-        points = sorted((kv["converted"] / 1024, gap)
-                        for of, (_, _, kv, gap) in zip(ways, runs, strict=True) if of == way)
-        axes.plot(*zip(*points, strict=True), marker + "-", label=way)
-    for source in {kv["source"] for _, _, kv, _ in runs}:
+        points = sorted((kv["converted"] / 1024, gap) for of, kv, gap in runs if of == way)
+        axes.plot(*zip(*points, strict=True), marker + "-", label=", ".join(way[n] for n in said))
+    for source in {kv["source"] for _, kv, _ in runs}:
         axes.axvline(source / 1024, color="black", ls=":")
-    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_yscale("log" if all(gap > 0 for *_, gap in runs) else "linear")
     axes.margins(y=0.1)
     axes.set(xlabel="KV cache, KiB a token (dotted: the source's)", xlim=(0, None),
              ylabel="loss above the source's, nats/token")
@@ -3334,31 +3376,47 @@ def _plot_training(figure, steps: Sequence[Mapping[str, Any]]) -> None:
         figure.colorbar(image, label="share of masks that are open")
 
 
-def _plot_conversion(figure, layers: Sequence[Mapping[str, Any]]) -> None:
-    """How well the heads of one block fit, before and after they are grouped; errors by block."""
+def _plot_conversion(figure, report: Mapping[str, Any]) -> None:
+    """How well the heads of the middle block fit in their groups, before and after they are
+    aligned (figure 3 of the paper); the errors by block."""
+    layers, method = report["layers"], report["method"]
     i = len(layers) // 2
-    *pictures, errors = figure.subplots(1, 3 if "pairs" in layers[i] else 1, squeeze=False)[0]
-    if pictures:
-        groups, s_KK = layers[i]["groups"], np.array(layers[i]["pairs"])
-        np.fill_diagonal(s_KK, np.nan)  # a head and itself say nothing
-        for axis, order, title in ((pictures[0], sorted(sum(groups, [])), "as they were"),
-                                   (pictures[1], sum(groups, []), "in their groups")):
-            image = axis.imshow(s_KK[np.ix_(order, order)], interpolation="nearest")
-            labels = range(0, len(order), max(1, len(order) // 8))
-            axis.set_xticks(labels, [order[n] for n in labels])
-            axis.set_yticks(labels, [order[n] for n in labels])
-            axis.set(title=f"heads of block {i}, {title}", xlabel="KV head")
-        for at in range(0, len(s_KK), len(groups[0])):
+    groups, pairs = layers[i]["groups"], layers[i].get("pairs", {})
+    what = {"energy": "minus what is lost if two heads share\n(aligned: 2 on average)"}.get(
+        method["group"], f"mean cosine of two heads' {method['group']}s"
+        if method["metric"] == "cos" else f"minus mean square distance of {method['group']}s")
+    *pictures, errors = figure.subplots(1, len(pairs) + 1, squeeze=False)[0]
+    order: list[int] = sum(groups, [])
+    s_2KK = np.array(list(pairs.values()))[:, order][:, :, order] if pairs else np.zeros((0, 1, 1))
+    s_2KK[:, range(len(order)), range(len(order))] = np.nan  # a head and itself say nothing
+    for axis, name, s_KK in zip(pictures, pairs, s_2KK, strict=True):
+        image = axis.imshow(s_KK, interpolation="nearest", vmin=np.nanmin(s_2KK),
+                            vmax=np.nanmax(s_2KK))
+        axis.set_facecolor("0.7")
+        labels = range(0, len(order), max(1, len(order) // 8))
+        axis.set_xticks(labels, [order[n] for n in labels])
+        axis.set_yticks(labels, [order[n] for n in labels])
+        axis.set(xlabel="KV head", title=f"block {i}, heads "
+                 + ("as they were" if name == "before" else "aligned"))
+        for at in range(0, len(order), len(groups[0])):
             low, high = at - 0.5, at + len(groups[0]) - 0.5
-            pictures[1].plot([low, high, high, low, low], [low, low, high, high, low], "r", lw=3)
-        figure.colorbar(image, ax=pictures, label="how well two heads fit (lighter is better)")
+            axis.plot([low, high, high, low, low], [low, low, high, high, low], "r", lw=3)
+    if pictures:
+        figure.colorbar(image, ax=pictures, label=what)
+    curves = {}
+    if "hidden_state_error" in layers[0]:
+        curves["written model, on held-out text"] = (
+            [layer["hidden_state_error"] for layer in layers], ".-")
     for name, style in (("before", ".:"), ("after", ".--")):
         if "refit" in layers[0]:
-            errors.plot([layer["refit"][name] for layer in layers], style,
-                        label=f"{name} the refit, on calibration text")
-    errors.plot([layer["hidden_state_error"] for layer in layers], ".-",
-                label="written model, on held-out text")
-    errors.set(xlabel="block", ylabel="error of its hidden states", yscale="log")
+            curves[f"{name} the refit, on calibration text"] = (
+                [layer["refit"][name] for layer in layers], style)
+    for label, (curve, style) in curves.items():
+        errors.plot(curve, style, label=label)
+    low, high = errors.dataLim.intervaly
+    errors.set(xlabel="block", ylabel="error of its hidden states",
+               yscale="log" if 0 < low < high / 10 else "linear")
+    errors.margins(y=0.25)
     errors.xaxis.get_major_locator().set_params(integer=True)
     errors.legend()
 

@@ -614,19 +614,25 @@ def test_discarded_energy_of_pairs_is_what_sharing_loses():
     power_KP, s_KEE = torch.rand(4, 3, generator=generator).double(), orthogonal(4, 6)
     s_KEE = s_KEE @ torch.diag(torch.arange(1.0, 7)).double() @ s_KEE.mT
     statistics = m.BlockStatistics(z_PKN @ z_PKN.mH, m.value_gram(v_NKE), power_KP, s_KEE, 99)
-    lost = torch.zeros(2, 4, 4).double()
+    lost, as_they_are = torch.zeros(2, 2, 4, 4).double()
     for i, j in itertools.combinations(range(4), 2):
         for p in range(3):
             z_2N = power_KP[[i, j], p, None].sqrt() * z_PKN[p, [i, j]]
             lost[0, i, j] += torch.linalg.svdvals(z_2N)[1].square()
         stacked = torch.cat([v_NKE[:, i] @ s_KEE[i], v_NKE[:, j] @ s_KEE[j]], 1)
         lost[1, i, j] = torch.linalg.svdvals(stacked)[6:].square().sum()
-    wanted = sum(x / x.sum() * 6 for x in lost)
-    torch.testing.assert_close(m.discarded_energy(statistics), wanted + wanted.T)
+        for n in (i, j):
+            z_PN = z_PKN[:, n] - z_PKN[:, [i, j]].mean(1)
+            as_they_are[0, i, j] += (power_KP[n, :, None] * z_PN.abs().square()).sum()
+            v_NE = (v_NKE[:, n] - v_NKE[:, [i, j]].mean(1)) @ s_KEE[n]
+            as_they_are[1, i, j] += v_NE.square().sum()
+    wanted = torch.stack([sum(x / y.sum() * 6 for x, y in zip(way, lost, strict=True))
+                          for way in (as_they_are, lost)])
+    torch.testing.assert_close(m.discarded_energy(statistics), wanted + wanted.mT)
     statistics.key_PKK[:] = 1  # all keys the same: rounding is no loss
     by_value = lost[1] / lost[1].sum() * 6
-    torch.testing.assert_close(m.discarded_energy(statistics), by_value + by_value.T, atol=1e-3,
-                               rtol=0)
+    torch.testing.assert_close(m.discarded_energy(statistics)[1], by_value + by_value.T,
+                               atol=1e-3, rtol=0)
 
 
 def score(s, groups):
@@ -796,7 +802,7 @@ def test_normed_keys_agree_as_far_as_the_norm_lets_them():
         torch.testing.assert_close(heads, merged.expand(k, e, -1))
         if align == "linear":
             assert report["energy_kept"]["key"] == pytest.approx(1)
-    lost = m.discarded_energy(statistics)
+    lost = m.discarded_energy(statistics)[1]
     assert lost.max() < 2.1  # of two terms with mean 1; the keys' is 0 or rounding
     quarter = torch.tensor([[[1.0, 0.9j], [-0.9j, 1.0]]] * 2).to(torch.complex128)
     c_MP, kept = m.normed_keys(quarter, torch.tensor([True, False]))
@@ -2413,8 +2419,13 @@ def test_a_card_of_any_kind_stays_below(trained, tmp_path, readme):
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith(f'---\nbase_model: "{tmp_path.name}"\n')
     assert "| converted | 3.5000 | 1 |" in card
-    assert card.endswith(f"\n---\n\nThe original's card:\n\n{readme}\n" if readme else "EMNLP 2025 "
-                         "(arXiv:2412.20677).\n")
+    assert card.endswith(f"\n---\n\nThe original's card:\n\n{readme}\n" if readme else "```\n")
+    (tmp_path / "again").mkdir()  # of what was converted: the base is still the first source
+    m.write_model_card(tmp_path / "again", tmp_path / "out", {"source": 2, "converted": 1},
+                       {"source": {"loss": 3.0}, "converted": {"loss": 3.5}}, "so")
+    again = (tmp_path / "again/README.md").read_text()
+    assert again.startswith(f'---\nbase_model: "{tmp_path.name}"\n')
+    assert again.count("@inproceedings{jin2025align") == 2
 
 
 def test_the_head_of_a_card_is_yaml(tmp_path):
@@ -2658,12 +2669,14 @@ def test_plots_of_conversions(trained, converted, tmp_path, capfd, monkeypatch):
 
     assert command(capfd, "--plot", outs[1])[0] == 0
     block = reports[1]["layers"][1]
-    order, pairs = sum(block["groups"], []), np.array(block["pairs"])
-    np.fill_diagonal(pairs, np.nan)
-    images = [axis.images[0].get_array().filled(np.nan) for axis in drawn[1].axes[:2]]
-    np.testing.assert_array_equal(images, [pairs, pairs[np.ix_(order, order)]])
+    order = sum(block["groups"], [])
+    for axis, pairs in zip(drawn[1].axes, block["pairs"].values(), strict=False):
+        pairs = np.array(pairs)[np.ix_(order, order)]
+        np.fill_diagonal(pairs, np.nan)
+        np.testing.assert_array_equal(axis.images[0].get_array().filled(np.nan), pairs)
+    assert np.mean(block["pairs"]["before"]) < np.mean(block["pairs"]["after"]) < -1
     errors = [layer["hidden_state_error"] for layer in reports[1]["layers"]]
-    assert drawn[1].axes[2].lines[-1].get_ydata().tolist() == errors
+    assert drawn[1].axes[2].lines[0].get_ydata().tolist() == errors
     refused(capfd, tmp_path, "mha2gqa.json: no such file", "--plot", trained / "mha")
 
 
@@ -2781,12 +2794,12 @@ def test_a_training_run_ends_in_a_better_model_that_transformers_loads(runs, way
     out, done = runs(way)
     report = json.loads((out / "report.json").read_text())
     loss, kl = ({name: s[of] for name, s in report["scores"].items()} for of in ("loss", "kl"))
-    assert list(loss) == ["source", "mean-pool", "converted", "distilled"]
-    assert loss["source"] < loss["distilled"] < loss["converted"] < loss["mean-pool"]
-    assert abs(kl["source"]) < 1e-6 and 0 < kl["distilled"] < kl["converted"] < kl["mean-pool"]
-    for name, column in (("loss", loss), ("kl", kl)):
-        assert f"{name:<14}" + "".join(f"{x:11.4f}" for x in column.values()) in done.stdout
-    assert f"KV bytes/token{2048:11,}{512:11}{512:11}{512:11}\n" in done.stdout
+    assert list(loss) == ["source", "mean_pooled", "converted", "distilled"]
+    assert loss["source"] < loss["distilled"] < loss["converted"] < loss["mean_pooled"]
+    assert abs(kl["source"]) < 1e-6 and 0 < kl["distilled"] < kl["converted"] < kl["mean_pooled"]
+    for name, column in (("loss", loss), ("KL", kl)):
+        assert f"{name:<23}" + "".join(f"{x:12.4f}" for x in column.values()) in done.stdout
+    assert f"KV cache, bytes a token{2048:12,}{512:12}{512:12}{512:12}\n" in done.stdout
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 100
     assert m.load_config(out / "gqa").num_key_value_heads == 2
     assert_transformers_computes_the_same(out / "gqa")
@@ -2925,9 +2938,14 @@ def test_plots_of_a_training(runs, tmp_path):
         m.plot(folders, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((default / "gqa/mha2gqa.json").read_text())
-    assert report["scores"]["distilled"] and report["versions"]["mha2gqa"] == m.__version__
+    losses, tokens = report["loss_nats_per_token"], report["tokens"]
+    assert report["versions"]["mha2gqa"] == m.__version__ and report["training"]["steps"] == 20
+    assert report["training"]["lr"] == 1e-3 and tokens["training"] == 20 * 512
+    assert report["method"] == dataclasses.asdict(m.Method(joint=False)) | {"joint": None}
     card = (default / "gqa/README.md").read_text()
-    assert f"| distilled | {report['scores']['distilled']['loss']:.4f} |" in card
+    assert f"| distilled | {losses['distilled']:.4f} |" in card
+    for result in (paper, default):  # what was grouped, as of a conversion
+        m.plot([result / "gqa"], tmp_path / "gqa.png")
 
 
 @pytest.mark.slow
@@ -3333,7 +3351,7 @@ def test_tasks_from_fine_tuning_to_the_table(trained, tuned):
     out, done = tuned
     assert re.search(r"boolq train: 20 examples, [\d,]+ tokens, \d+ prompts cut", done.stdout)
     scores = json.loads((out / "report.json").read_text())["scores"]
-    assert list(scores) == ["source", "teacher", "mean-pool", "converted", "distilled"]
+    assert list(scores) == ["source", "teacher", "mean_pooled", "converted", "distilled"]
     for found in scores.values():
         assert found["mean"] == (found["boolq"] + found["openbookqa"]) / 2
     assert scores["source"]["mean"] < scores["teacher"]["mean"]

@@ -45,6 +45,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1207,10 +1208,12 @@ def read_input(
         # Two checkpoints and one being written, of weights and moments; teacher and result.
         kept = 3 * (4 * student + 8 * trained) if 0 < args.save_every < schedule.steps else 0
         check_disk(args.out, kept + 8 * student)
+    how = [*mha2gqa.method_steps(vars(args.method)), f"group {args.method.group}",
+           *["masks"] * (not args.no_masks)]
     print_rank_0(
         f"{config.num_hidden_layers} blocks, {config.num_key_value_heads} to {args.kv_heads} KV "
-        f"heads;\n{schedule.steps} steps of {schedule.batch_size} rows of {seq_len} tokens, "
-        f"learning rate {schedule.lr:.1e}"
+        f"heads ({', '.join(how)});\n{schedule.steps} steps of {schedule.batch_size} rows of "
+        f"{seq_len} tokens, learning rate {schedule.lr:.1e}"
         + ("" if args.no_masks else f", of masks {schedule.mask_lr:.1e}")
         + f";\n{n} x {device.type}, each with {mha2gqa.gigabytes(shards)} for weights, gradients "
         f"and Adam, about {mha2gqa.gigabytes(work)} to compute")
@@ -1337,11 +1340,12 @@ def fine_tuned_teacher(
 
 @torch.no_grad()
 def student_blocks(
-    start: Checkpoint, rows: TokenBatch, kv_heads: int, method: mha2gqa.Method, fading: bool
+    start: Checkpoint, rows: TokenBatch, kv_heads: int, method: mha2gqa.Method, fading: bool,
+    note: Callable[[dict], None]
 ) -> Iterator[dict[str, Tensor]]:
     """The converted blocks; if `fading` the rotated blocks with the new KV heads beside the old.
 
-    rows: to calibrate with, on the device that computes.
+    rows: to calibrate with, on the device that computes. `note` is called with a block's report.
     """
     tokens_BT = mha2gqa.calibration_rows(rows.tokens)
     document_BT = None if rows.document is None else mha2gqa.calibration_rows(rows.document)
@@ -1349,6 +1353,7 @@ def student_blocks(
     blocks = mha2gqa.converted_blocks(
         start.config, start.weights, x_BTD, kv_heads, method, document_BT)
     for block in progress(blocks, "convert", start.config.num_hidden_layers):
+        note(block.report)
         new = {name.replace("_proj.", "_proj.new."): w for name, w in block.converted.items()
                if "k_proj" in name or "v_proj" in name}
         yield block.aligned | new if fading else block.converted
@@ -1364,9 +1369,17 @@ def run_stages(
     report.content["kv_cache_bytes_per_token"] = {
         "source": mha2gqa.kv_cache_bytes(config, source.weights),
         "converted": mha2gqa.kv_cache_bytes(new_config, source.weights)}
-    report.content["done"] = {
-        "kv_heads": [config.num_key_value_heads, args.kv_heads], "steps": schedule.steps,
-        "tokens": schedule.steps * schedule.batch_size * data.train.tokens.shape[1]}
+    seq_len = data.train.tokens.shape[1]
+    n_rows = min(len(data.train), max(2, args.calibration_tokens // seq_len))
+    report.content |= {
+        "num_hidden_layers": config.num_hidden_layers,
+        "kv_heads": {"source": config.num_key_value_heads, "converted": args.kv_heads},
+        "tokens": {"calibration": n_rows * seq_len,
+                   "training": schedule.steps * schedule.batch_size * seq_len,
+                   "held_out": data.held_out.tokens.numel() if data.held_out else 0,
+                   "seq_len": seq_len},
+        "training": {"steps": schedule.steps, "rows": schedule.batch_size, "lr": schedule.lr,
+                     "mask_lr": None if args.no_masks else schedule.mask_lr}}
     if args.source_teaches:
         tuned = source
     elif args.teacher:
@@ -1382,7 +1395,7 @@ def run_stages(
     start = tuned if args.teacher_is_converted else source
     non_block = mha2gqa.non_block_weights(start.weights)
     pooled = (mha2gqa.merge(block, config, args.kv_heads) for block in start.blocks())
-    report.score("mean-pool", data, teacher,
+    report.score("mean_pooled", data, teacher,
                  lambda: frozen_model(new_config, pooled, non_block, place))
     result, checkpoints_folder = args.out / "gqa", args.out / "checkpoints"
     if not broadcast_from_rank_0(result.exists()):
@@ -1391,9 +1404,10 @@ def run_stages(
             student, schedule.steps, schedule.mask_lr, schedule.seed)
 
         def convert():
-            n_rows = max(2, args.calibration_tokens // data.train.tokens.shape[1])
+            layers: list[dict] = []
+            report.content["layers"] = layers
             blocks = student_blocks(start, data.train[:n_rows].to(device), args.kv_heads,
-                                    args.method, fading=not args.no_masks)
+                                    args.method, not args.no_masks, layers.append)
             load_sharded(student, blocks, non_block)
             if masks:
                 masks.hold(0.0, device)
@@ -1412,19 +1426,30 @@ def run_stages(
 
 
 def describe_result(args: Arguments, report: Mapping[str, Any]) -> None:
-    """Write what was done and measured beside the result: mha2gqa.json and a model card."""
-    folder, method, done = args.out / "gqa", report["arguments"], report.get("done")
-    if done and not (folder / "README.md").exists():
-        steps = [*mha2gqa.method_steps(method),
-                 *["a teacher of its own"] * (not args.source_teaches)]
-        before, after = done["kv_heads"]
-        how = (f"{before} to {after} KV heads ({', '.join(steps)}), then "
-               f"{done['steps']:,} steps of distillation on {done['tokens']:,} tokens")
-        content = {**mha2gqa.provenance(), **report}
-        write_whole(folder / "mha2gqa.json", lambda new: mha2gqa.write_json(new, content))
-        mha2gqa.write_model_card(
-            folder, Path(args.model), report["kv_cache_bytes_per_token"],
-            mha2gqa.without_repeats(report["scores"], method), how)
+    """Write what was done and measured beside the result, as the converter does: mha2gqa.json and a
+    model card."""
+    folder = args.out / "gqa"
+    if "training" not in report or (folder / "README.md").exists():
+        return
+    method = {f.name: report["arguments"].get(f.name) for f in dataclasses.fields(args.method)}
+    heads, tokens, training = report["kv_heads"], report["tokens"], report["training"]
+    scores = {name: {"KL" if of == "kl" else of: n for of, n in found.items()}
+              for name, found in report["scores"].items()}
+    content = {
+        **mha2gqa.provenance(), "source": str(Path(args.model).resolve()), "method": method,
+        **{name: of for name, of in report.items()
+           if name not in ("arguments", "scores", "files", "layers")},
+        "loss_nats_per_token": {n: of["loss"] for n, of in scores.items() if "loss" in of},
+        "kl_nats_per_token": {n: of["KL"] for n, of in scores.items() if "KL" in of},
+        "task_accuracy": {n: {task: x for task, x in of.items() if task not in ("loss", "KL")}
+                          for n, of in scores.items() if "mean" in of},
+        "layers": report["layers"]}
+    steps = [*mha2gqa.method_steps(method), *["a teacher of its own"] * (not args.source_teaches)]
+    how = (f"{heads['source']} to {heads['converted']} KV heads ({', '.join(steps)}), then "
+           f"{training['steps']:,} steps of distillation on {tokens['training']:,} tokens")
+    write_whole(folder / "mha2gqa.json", lambda new: mha2gqa.write_json(new, content))
+    mha2gqa.write_model_card(folder, Path(args.model), report["kv_cache_bytes_per_token"],
+                             mha2gqa.without_repeats(scores, method), how)
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -1432,15 +1457,18 @@ def table(report: Mapping[str, Any]) -> str:
     scores = mha2gqa.without_repeats(report["scores"], report["arguments"])
     cache = report["kv_cache_bytes_per_token"]
     sizes = [cache["source" if name in ("source", "teacher") else "converted"] for name in scores]
-    rows = [" " * 14 + "".join(f"{name:>11}" for name in scores)]
+    rows = [" " * 23 + "".join(f"{name.replace('_', '-'):>12}" for name in scores)]
     for column in scores["source"]:
-        rows.append(f"{column:<14}" + "".join(f"{of[column]:11.4f}" for of in scores.values()))
-    rows.append("KV bytes/token" + "".join(f"{size:11,}" for size in sizes))
-    what = {"loss": "loss and KL to the teacher on held-out text, in nats/token",
+        name = "KL" if column == "kl" else column
+        rows.append(f"{name:<23}" + "".join(f"{of[column]:12.4f}" for of in scores.values()))
+    rows.append("KV cache, bytes a token" + "".join(f"{size:12,}" for size in sizes))
+    of = "teacher" if "teacher" in scores else "source"
+    what = {"loss": f"held-out loss, nats/token; KL to the {of}",
             "mean": "shares of the tasks' exact answers"}
     head = "; ".join(words for column, words in what.items() if column in scores["source"])
-    seconds = ", ".join(f"{name} {n:.0f}" for name, n in report["seconds"].items())
-    return "\n".join([head[0].upper() + head[1:] + ".", *rows, f"seconds: {seconds}"])
+    seconds = textwrap.fill(", ".join(
+        f"{name} {n:.0f}" for name, n in report["seconds"].items()), 96)
+    return "\n".join([head, *rows, "seconds", textwrap.indent(seconds, "  ")])
 
 
 def filled_at_random(model: mha2gqa.Llama) -> mha2gqa.Llama:
@@ -1838,6 +1866,8 @@ def run(args: Arguments, device: torch.device) -> None:
     report = Report(args, device)
     if args is DEMO_ARGUMENTS and not broadcast_from_rank_0((args.out / "source").exists()):
         report.write()
+        print_rank_0(f"the demo, in {DEMO}: makes a small model of Python's documentation,\n"
+                     "converts it to fewer KV heads and trains it, in some minutes")
         make_demo_source(args.corpus, device)
         report.meter.lap("make the source")
     args = dataclasses.replace(args, **broadcast_from_rank_0(on_rank_0(lambda: {
@@ -1853,7 +1883,7 @@ def run(args: Arguments, device: torch.device) -> None:
         run_stages(args, source, data, schedule, report, device)
     on_rank_0(lambda: describe_result(args, report.content))
     on_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
-    print_rank_0(f"\n{table(report.content)}\nthe model is in {args.out}/gqa")
+    print_rank_0(f"\n{table(report.content)}\nwritten to {args.out}/gqa")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
