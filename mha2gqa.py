@@ -1298,7 +1298,7 @@ def _with_equal_keys(maps: HeadMaps, statistics: BlockStatistics, g_GM: Tensor) 
 # (3 KV heads to 1), and on two small ones, 96 and 256 wide.
 _REFIT_TOKENS = 512  # per step: with few tokens, more and smaller steps
 _REFIT_RATE = 0.4  # how much a step at the highest rate changes an output, relative to it
-_JOINT_RATE = 0.1  # the same where all blocks change at once
+_JOINT_RATE = 0.1  # the same where all blocks change at once; less if there is little to mend
 
 
 @torch.no_grad()
@@ -1320,7 +1320,7 @@ def refit_block(
         return _hidden_state_error(y_BTD, target_BTD[rows])
 
     tokens_BT = x_BTD[..., 0]  # only its shape counts
-    fitted, error_of = _fit(_refitted(weights), error, _REFIT_RATE, tokens_BT,
+    fitted, error_of = _fit(_refitted(weights), error, lambda _: _REFIT_RATE, tokens_BT,
                             _refit_epochs(tokens_BT.numel()), seed, "refit")
     return {**weights, **fitted}, error_of
 
@@ -1391,7 +1391,10 @@ def joint_refit(
         return sum(checkpoint(sum_of_kl, *chunk, use_reentrant=False)
                    for chunk in zip(*chunks, strict=True)) / x_BTD[..., 0].numel()
 
-    fitted, error = _fit(start, kl, _JOINT_RATE, tokens_BT, 1, seed, "joint refit")
+    def rate(kl):  # which is quadratic in what is wrong with the logits
+        return min(_JOINT_RATE, math.sqrt(max(kl, 0)) / 2)
+
+    fitted, error = _fit(start, kl, rate, tokens_BT, 1, seed, "joint refit")
 
     def block_with_report(i, report):
         source = read_block(weights, i, device)
@@ -1438,13 +1441,14 @@ def calibration_rows(rows_BT: Tensor) -> Tensor:
 
 
 def _fit(
-    weights: Weights, loss: Callable[[Weights, Tensor], Tensor], rate: float, tokens_BT: Tensor,
-    epochs: int, seed: int, bar: str
+    weights: Weights, loss: Callable[[Weights, Tensor], Tensor], rate: Callable[[float], float],
+    tokens_BT: Tensor, epochs: int, seed: int, bar: str
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Minimise `loss(weights, rows)` by Adam; returns (weights, {"before", "after"}).
 
-    The first fortieth of the rows is held out and the loss measured there, with the weights rounded
-    to their dtype; if it does not fall, or is not finite, the weights stay as they were.
+    rate: of the loss before, see `_rates`. The first fortieth of the rows is held out and the loss
+    measured there, with the weights rounded to their dtype; if it does not fall, or is not finite,
+    the weights stay as they were.
     """
     size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
     # On the device of the tokens, so that no step of a block's refit waits for it.
@@ -1454,13 +1458,19 @@ def _fit(
     orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
     batches = [batch for order in orders for batch in rows[order.to(rows.device)].split(size)]
     new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
-    rates = _rates(weights, rate)
     device = next(iter(new.values())).device
     width = max(w.shape[-1] for w in new.values())
     products = torch.autocast(device.type, torch.bfloat16, enabled=_fast_products(device, width))
     # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
     adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
                             betas=(0.9, 0.95), eps=1e-15, fused=True)
+
+    def held_out_loss(w):
+        parts = held_out.split(size)
+        return sum(len(part) * loss(w, part).item() for part in parts) / len(held_out)
+
+    before = held_out_loss(weights)
+    rates = _rates(weights, rate(before))
     for step, batch in enumerate(progress(batches, bar, inside=bar == "refit")):
         with torch.enable_grad(), products:
             error = loss(new, batch)
@@ -1470,8 +1480,7 @@ def _fit(
         adam.step()
         adam.zero_grad()
     fitted = _as_dtypes_of(weights, {name: w.detach() for name, w in new.items()})
-    before, after = (sum(len(part) * loss(w, part).item() for part in held_out.split(size))
-                     / len(held_out) for w in (weights, fitted))
+    after = held_out_loss(fitted)
     if not after < before:
         return dict(weights), {"before": before, "after": before}
     return fitted, {"before": before, "after": after}

@@ -2156,7 +2156,7 @@ BROKEN = {
                     "q_proj.base_layer.weight is of a PEFT adapter, such as LoRA; merge it"),
     # what config.json asks for
     "model type": (edit_config(model_type="starcoder2"),
-                   r"config.json: not supported: model_type 'starcoder2' \(supported: llama, mistral"),
+                   r"config.json: not supported: model_type 'starcoder2' \(supported: llama, mis"),
     "activation": (edit_config(hidden_act="gelu"), "not supported: hidden_act 'gelu'"),
     "quantised": (edit_config(quantization_config={"bits": 4}), "not supported: quantised weights"),
     "partial rotary": (edit_config(partial_rotary_factor=0.5), "not supported: partial rotary"),
