@@ -794,18 +794,21 @@ def _similarity(inner_KK: Tensor, n_tokens: int, metric: str) -> Tensor:
     return (2 * inner_KK - power_K[..., :, None] - power_K[..., None, :]) / n_tokens
 
 
-def discarded_energy(statistics: BlockStatistics) -> Tensor:
-    """What is lost when two heads share, as they are or in linear alignment: (2, K, K), symmetric.
+def discarded_energy(statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
+    """What linear alignment loses when two heads share: loss (K, K), symmetric; and to look at the
+    mean share of keys' and of values' energy that stays (2, K, K), as they are and aligned.
 
-        loss_ij = keys_ij / mean keys + values_ij / mean values      (means: of aligned heads)
+        loss_ij = keys_ij / mean keys + values_ij / mean values
 
     keys_ij: in each plane a shared key keeps one of the pair's two eigenvalues, the smaller one is
     lost (of normed keys half of the difference of the two, see `normed_keys`). values_ij: a shared
     value keeps E of the pair's 2E eigenvalues, the E smallest are lost. As they are, both become
-    their mean. The loss of a larger group is taken to be the sum over its pairs.
+    their mean (before a norm of keys). The loss of a larger group is taken to be the sum over its
+    pairs.
     """
     k, e = statistics.output_KEE.shape[:2]
     root_KP, s_KEE = statistics.query_KP.sqrt(), statistics.output_KEE
+    s2_KEE = s_KEE @ s_KEE
     pairs = torch.combinations(torch.arange(k))
     lost_of, energy_of = [], []  # (as they are, aligned) and (keys, values) of each pair
     for chunk in pairs.split(64):  # all at once would be a gigabyte
@@ -827,17 +830,18 @@ def discarded_energy(statistics: BlockStatistics) -> Tensor:
         apart = (gram[..., 0, 0] + gram[..., 1, 1] - 2 * gram[..., 0, 1]).real
         as_they_are = torch.stack([
             (root.square().sum(-1) * apart).sum(0),
-            ((s_KEE @ s_KEE)[chunk].sum(1) * (c[:, 0, 0] + c[:, 1, 1] - 2 * c[:, 0, 1])
-             ).sum((1, 2))]) / 4
+            (s2_KEE[chunk].sum(1) * (c[:, 0, 0] + c[:, 1, 1] - 2 * c[:, 0, 1])).sum((1, 2))]) / 4
         lost_of.append(torch.stack([
             as_they_are, torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)])]))
         energy_of.append(torch.stack([keys.sum((0, 2)), values.sum(1)]))
     lost, energy = torch.cat(lost_of, dim=2), torch.cat(energy_of, dim=1).mean(1, keepdim=True)
     # subtle: losses below a 1e-12th of the energy are rounding, and count as none.
-    lost = (lost / lost[1].mean(1, keepdim=True).clamp(min=1e-12 * energy + _TINY)).sum(1)
-    loss_2KK = torch.zeros(2, k, k, dtype=torch.float64)
-    loss_2KK[:, pairs[:, 0], pairs[:, 1]] = lost
-    return loss_2KK + loss_2KK.mT
+    energy = energy.clamp(min=_TINY)
+    loss = (lost[1] / lost[1].mean(1, keepdim=True).clamp(min=1e-12 * energy)).sum(0)
+    found_3KK = torch.zeros(3, k, k, dtype=torch.float64)
+    found_3KK[:, pairs[:, 0], pairs[:, 1]] = torch.stack([loss, *1 - (lost / energy).mean(1)])
+    found_3KK += found_3KK.mT.clone()
+    return found_3KK[0], found_3KK[1:]
 
 
 def anneal_groups(
@@ -1214,25 +1218,28 @@ def converted_blocks(
 def _choose_groups(
     statistics: BlockStatistics, kv_heads: int, method: Method, seed: int
 ) -> tuple[list[list[int]], dict[str, list[list[float]]]]:
-    """The units of each of `kv_heads` groups, and how well each pair fits, if that was asked:
-    {"before": (K, K), "after"} the alignment, which decides if there is one."""
+    """The units of each of `kv_heads` groups; and for the report, if it was asked, how well pairs
+    fit, {"before": (K, K), "after": (K, K)} the alignment, if there is one: with "energy" the share
+    that stays, or else the similarity."""
     if method.group == "adjacent":
         return torch.arange(len(statistics.output_KEE)).view(kv_heads, -1).tolist(), {}
     if method.group == "energy":
-        s_2KK = -discarded_energy(statistics)
+        loss_KK, shown_2KK = discarded_energy(statistics)
+        s_KK = shown_2KK[0] if method.align == "none" else -loss_KK
     else:
         by_key = method.group == "key"
         gram = statistics.key_PKK if by_key else statistics.value_KKEE
         inner_KK = gram.real.sum(0) if by_key else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         if by_key and statistics.turns_P is not None:  # the others change only their sign
             gram = torch.where(statistics.turns_P[:, None, None], gram, gram.real.to(gram.dtype))
-        s_2KK = torch.stack([
+        shown_2KK = torch.stack([
             _similarity(inner_KK, statistics.n_tokens, method.metric),
             head_similarity(gram, statistics.n_tokens, method.metric, rope=by_key)])
-    s_2KK = s_2KK[:1] if method.align == "none" else s_2KK
-    rounded = [[[float(f"{s:.3g}") for s in row] for row in s_KK] for s_KK in s_2KK.tolist()]
-    return anneal_groups(s_2KK[-1], kv_heads, seed), dict(
-        zip(("before", "after"), rounded, strict=False))
+        s_KK = shown_2KK[0 if method.align == "none" else 1]
+    before, after = ([[float(f"{s:.3g}") for s in row] for row in s_KK.tolist()]
+                     for s_KK in shown_2KK)
+    pairs = {"before": before} if method.align == "none" else {"before": before, "after": after}
+    return anneal_groups(s_KK, kv_heads, seed), pairs
 
 
 def _align_groups(
@@ -1446,9 +1453,9 @@ def _fit(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Minimise `loss(weights, rows)` by Adam; returns (weights, {"before", "after"}).
 
-    rate: of the loss before, see `_rates`. The first fortieth of the rows is held out and the loss
-    measured there, with the weights rounded to their dtype; if it does not fall, or is not finite,
-    the weights stay as they were.
+    rate: for `_rates`, as a function of the loss before. The first fortieth of the rows is held out
+    and the loss measured there, with the weights rounded to their dtype; if it does not fall, or is
+    not finite, the weights stay as they were.
     """
     size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
     # On the device of the tokens, so that no step of a block's refit waits for it.
@@ -1515,7 +1522,7 @@ def _rates(weights: Weights, rate: float) -> dict[str, float]:
     changes have the signs of the input, so they add up, and the output changes by n r. The entries
     themselves have random signs, and add up to about √n rms(W). So the output changes by the same
     share, `rate`, at any width. (Norms and biases, which meet an input only once, are left to move
-    1/√n of that; a bias of zeros as if its entries were its matrix's.)
+    1/√n of that; a bias of n entries alike, one of zeros as if they were its matrix's.)
     """
     rms = {name: at_least_float32(w).square().mean().sqrt().item() for name, w in weights.items()}
     return {name: rate * (rms[name] or rms[name.replace("bias", "weight")]) / math.sqrt(w.shape[-1])
@@ -2857,16 +2864,22 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on the device, None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    status, groups = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    status = Path("/proc/meminfo")
     if not status.exists():
         return None
     free = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", status.read_text())[0])
-    for limit, statistics, used in (("memory.max", "memory.stat", "anon"),  # of a container: v2, v1
+    return min(free, _container_memory(Path("/sys/fs/cgroup")))
+
+
+def _container_memory(groups: Path) -> int:
+    """Bytes that a container's limit leaves, of cgroups in version 2 or 1."""
+    free = sys.maxsize
+    for limit, statistics, used in (("memory.max", "memory.stat", "anon"),
             ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss")):
         with contextlib.suppress(OSError, ValueError):  # "max": there is no limit
             found = dict(line.split() for line in (groups / statistics).read_text().splitlines())
-            free = min(free, int((groups / limit).read_text()) - int(found.get(used, 0)))
-    return max(0, free)
+            free = min(free, max(0, int((groups / limit).read_text()) - int(found.get(used, 0))))
+    return free
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -2905,13 +2918,11 @@ def write_model_card(
     source: its directory. cache: bytes of KV cache a token, of "source" and "converted". scores:
     of some models, the source first and this one last. how: what was done.
     """
-    found = re.search(r"models--([^/]+)--([^/]+)/snapshots/", source.resolve().as_posix())
-    base = f"{found[1]}/{found[2]}" if found else source.resolve().name
-    old = ""
+    name, old = _base_name(source), ""
     with contextlib.suppress(OSError):
         old = (source / "README.md").read_text("utf-8", errors="replace")
     head, below, before = _card_head(old)
-    base = before or base
+    base = before or name
     columns = list(next(iter(scores.values())))
     rows = [f"| {name.replace('_', '-')} | " + " | ".join(f"{row[c]:.4f}" for c in columns)
             + f" | {cache['source' if name in ('source', 'teacher') else 'converted']:,} |"
@@ -2921,7 +2932,7 @@ def write_model_card(
         "---", f"base_model: {json.dumps(base, ensure_ascii=False)}",
         "library_name: transformers", *head, "---", "",
         f"# {base}, grouped-query attention", "",
-        f"Made of {base} by mha2gqa {__version__}: {' '.join(how.split())}. What was measured on "
+        f"Made of {name} by mha2gqa {__version__}: {' '.join(how.split())}. What was measured on "
         f"held-out text in nats/token{tasks} (all of it in `mha2gqa.json`):", "",
         f"| | {' | '.join(columns)} | KV cache, bytes a token |", "|---" * (len(columns) + 2) + "|",
         *rows, "", "It loads as the original does, without code of its own:", "", "```python",
@@ -2933,6 +2944,13 @@ def write_model_card(
         text += f"\n---\n\nThe original's card:\n\n{below.strip()}\n"
     with writing(folder / "README.md"):
         (folder / "README.md").write_text(text, "utf-8")
+
+
+def _base_name(source: Path) -> str:
+    """A model's name on the hub, if it is a download from there, or its directory's name."""
+    path = source.resolve()
+    found = re.search(r"models--([^/]+)--([^/]+)/snapshots/", path.as_posix())
+    return f"{found[1]}/{found[2]}" if found else path.name
 
 
 _CITATION = """@inproceedings{jin2025align,
@@ -2955,15 +2973,16 @@ def _card_head(card: str) -> tuple[list[str], str, str]:
     found = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*(?:\n|$)", card, re.DOTALL)
     key_and_value = r"^([\w-]+):(.*\n(?:[] \t#}-].*\n|\n)*)"
     entries = dict(re.findall(key_and_value, found[1], re.M) if found else [])
-    base = entries.pop("base_model", "").strip().strip('"')
+    base = re.fullmatch(r"\s*[\"']?([\w./ -]*\w)[\"']?\s*", entries.pop("base_model", ""))
     for name in ("library_name", "model-index", "base_model_relation", "new_version"):
         entries.pop(name, None)
-    tags = re.findall(r"[^\s,\[\]\"'-][^\n,\[\]\"']*", entries.pop("tags", ""))
+    listed = re.sub(r"(^|\s)#.*", "", entries.pop("tags", ""))
+    tags = re.findall(r"[^\s,\[\]\"'-][^\n,\[\]\"']*", listed)
     ours = "mha2gqa" in tags
     tags = [*dict.fromkeys([*map(str.strip, tags), "mha2gqa", "grouped-query-attention"])]
     kept = "".join(f"{name}:{value}" for name, value in entries.items()).splitlines()
     lines = ["tags:", *(f"- {json.dumps(tag, ensure_ascii=False)}" for tag in tags), *kept]
-    return lines, card[found.end():] if found else card, base if ours else ""
+    return lines, card[found.end():] if found else card, base[1] if ours and base else ""
 
 
 def method_steps(method: Mapping[str, Any]) -> list[str]:
@@ -3001,7 +3020,7 @@ class Meter:
 
     peak_memory: {"host": bytes, "cuda": bytes}. host is anonymous memory: the system's high-water
     mark less the pages of mapped files, such as the weights, which it can drop at any time; 0 where
-    /proc does not tell. cuda is the allocator's own peak. Both may start as an earlier session's.
+    /proc does not tell. cuda is the allocator's own peak. All may start as an earlier session's.
     """
 
     def __init__(
@@ -3330,21 +3349,18 @@ def plot(folders: Sequence[PathLike], file: PathLike) -> None:
 def _summary(folder: Path) -> tuple[tuple[str, str, str], Mapping[str, int], float]:
     """((how a run was made, of how much text, its source), its bytes of KV cache a token, its loss
     above the source's)."""
-    training = folder / "report.json"
-    report = read_json(training if training.exists() else folder / "mha2gqa.json")
+    result = folder / "gqa" if (folder / "gqa").is_dir() else folder  # of a training
+    report = read_json(result / "mha2gqa.json")
     try:
-        if "scores" in report:
-            how, losses = report["arguments"], {n: s["loss"] for n, s in report["scores"].items()}
-            losses["converted"], read = losses["distilled"], report["tokens"]["training"]
-            source = how["model"]
-        else:
-            how, losses = report["method"], report["loss_nats_per_token"]
-            source, read = report["source"], report["tokens"]["calibration"]
-        steps = ", ".join([*method_steps(how), *["training"] * ("scores" in report)])
-        return ((steps, f"{read:,} tokens", Path(source).name), report["kv_cache_bytes_per_token"],
-                losses["converted"] - losses["source"])
+        losses, tokens = report["loss_nats_per_token"], report["tokens"]
+        trained = "distilled" in losses
+        way = (", ".join([*method_steps(report["method"]), *["training"] * trained]),
+               f"{tokens['training' if trained else 'calibration']:,} tokens",
+               _base_name(Path(report["source"])))
+        return (way, report["kv_cache_bytes_per_token"],
+                losses["distilled" if trained else "converted"] - losses["source"])
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{folder}: no finished run with losses on held-out text") from None
+        raise ValueError(f"{result}: no finished run with losses on held-out text") from None
 
 
 def _plot_runs(
@@ -3391,16 +3407,25 @@ def _plot_conversion(figure, report: Mapping[str, Any]) -> None:
     layers, method = report["layers"], report["method"]
     i = len(layers) // 2
     groups, pairs = layers[i]["groups"], layers[i].get("pairs", {})
-    what = {"energy": "minus what is lost if two heads share\n(aligned: 2 on average)"}.get(
+    what = {"energy": "share of energy that stays if two share"}.get(
         method["group"], f"mean cosine of two heads' {method['group']}s"
         if method["metric"] == "cos" else f"minus mean square distance of {method['group']}s")
-    *pictures, errors = figure.subplots(1, len(pairs) + 1, squeeze=False)[0]
+    curves = {}
+    if "hidden_state_error" in layers[0]:
+        curves["written model, on held-out text"] = (
+            [layer["hidden_state_error"] for layer in layers], ".-")
+    for name, style in (("before", ".:"), ("after", ".--")):
+        if "refit" in layers[0]:
+            curves[f"{name} the refit, on calibration text"] = (
+                [layer["refit"][name] for layer in layers], style)
+    axes = list(figure.subplots(1, len(pairs) + bool(curves), squeeze=False)[0])
     order: list[int] = sum(groups, [])
-    s_2KK = np.array(list(pairs.values()))[:, order][:, :, order] if pairs else np.zeros((0, 1, 1))
-    s_2KK[:, range(len(order)), range(len(order))] = np.nan  # a head and itself say nothing
-    for axis, name, s_KK in zip(pictures, pairs, s_2KK, strict=True):
-        image = axis.imshow(s_KK, interpolation="nearest", vmin=np.nanmin(s_2KK),
-                            vmax=np.nanmax(s_2KK))
+    shown = {name: np.array(s_KK)[np.ix_(order, order)] for name, s_KK in pairs.items()}
+    for s_KK in shown.values():
+        np.fill_diagonal(s_KK, np.nan)  # a head and itself say nothing
+    for axis, (name, s_KK) in zip(axes, shown.items(), strict=False):
+        image = axis.imshow(s_KK, interpolation="nearest", vmin=np.nanmin([*shown.values()]),
+                            vmax=np.nanmax([*shown.values()]))
         axis.set_facecolor("0.7")
         labels = range(0, len(order), max(1, len(order) // 8))
         axis.set_xticks(labels, [order[n] for n in labels])
@@ -3410,24 +3435,16 @@ def _plot_conversion(figure, report: Mapping[str, Any]) -> None:
         for at in range(0, len(order), len(groups[0])):
             low, high = at - 0.5, at + len(groups[0]) - 0.5
             axis.plot([low, high, high, low, low], [low, low, high, high, low], "r", lw=3)
-    if pictures:
-        figure.colorbar(image, ax=pictures, label=what)
-    curves = {}
-    if "hidden_state_error" in layers[0]:
-        curves["written model, on held-out text"] = (
-            [layer["hidden_state_error"] for layer in layers], ".-")
-    for name, style in (("before", ".:"), ("after", ".--")):
-        if "refit" in layers[0]:
-            curves[f"{name} the refit, on calibration text"] = (
-                [layer["refit"][name] for layer in layers], style)
-    for label, (curve, style) in curves.items():
-        errors.plot(curve, style, label=label)
-    low, high = errors.dataLim.intervaly
-    errors.set(xlabel="block", ylabel="error of its hidden states",
-               yscale="log" if 0 < low < high / 10 else "linear")
-    errors.margins(y=0.25)
-    errors.xaxis.get_major_locator().set_params(integer=True)
-    errors.legend()
+    if pairs:
+        figure.colorbar(image, ax=axes[: len(pairs)], label=what)
+    if curves:
+        for label, (curve, style) in curves.items():
+            axes[-1].plot(curve, style, label=label)
+        low, high = axes[-1].dataLim.intervaly
+        axes[-1].set(xlabel="block", ylabel="error of its hidden states",
+                     yscale="log" if 0 < low < high / 10 else "linear")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        axes[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -614,24 +614,29 @@ def test_discarded_energy_of_pairs_is_what_sharing_loses():
     power_KP, s_KEE = torch.rand(4, 3, generator=generator).double(), orthogonal(4, 6)
     s_KEE = s_KEE @ torch.diag(torch.arange(1.0, 7)).double() @ s_KEE.mT
     statistics = m.BlockStatistics(z_PKN @ z_PKN.mH, m.value_gram(v_NKE), power_KP, s_KEE, 99)
-    lost, as_they_are = torch.zeros(2, 2, 4, 4).double()
+    lost, as_they_are, energy = torch.zeros(3, 2, 4, 4).double()
     for i, j in itertools.combinations(range(4), 2):
         for p in range(3):
             z_2N = power_KP[[i, j], p, None].sqrt() * z_PKN[p, [i, j]]
             lost[0, i, j] += torch.linalg.svdvals(z_2N)[1].square()
+            energy[0, i, j] += z_2N.abs().square().sum()
         stacked = torch.cat([v_NKE[:, i] @ s_KEE[i], v_NKE[:, j] @ s_KEE[j]], 1)
         lost[1, i, j] = torch.linalg.svdvals(stacked)[6:].square().sum()
+        energy[1, i, j] = stacked.square().sum()
         for n in (i, j):
             z_PN = z_PKN[:, n] - z_PKN[:, [i, j]].mean(1)
             as_they_are[0, i, j] += (power_KP[n, :, None] * z_PN.abs().square()).sum()
             v_NE = (v_NKE[:, n] - v_NKE[:, [i, j]].mean(1)) @ s_KEE[n]
             as_they_are[1, i, j] += v_NE.square().sum()
-    wanted = torch.stack([sum(x / y.sum() * 6 for x, y in zip(way, lost, strict=True))
-                          for way in (as_they_are, lost)])
-    torch.testing.assert_close(m.discarded_energy(statistics), wanted + wanted.mT)
+    wanted, (loss_KK, kept_2KK) = sum(x / x.sum() * 6 for x in lost), m.discarded_energy(statistics)
+    torch.testing.assert_close(loss_KK, wanted + wanted.T)
+    for way, kept_KK in zip((as_they_are, lost), kept_2KK, strict=True):
+        share = sum(x / (y.sum() / 6) for x, y in zip(way, energy, strict=True)) / 2
+        torch.testing.assert_close(kept_KK.triu(1), (1 - share).triu(1))
+        assert torch.equal(kept_KK, kept_KK.T)
     statistics.key_PKK[:] = 1  # all keys the same: rounding is no loss
     by_value = lost[1] / lost[1].sum() * 6
-    torch.testing.assert_close(m.discarded_energy(statistics)[1], by_value + by_value.T,
+    torch.testing.assert_close(m.discarded_energy(statistics)[0], by_value + by_value.T,
                                atol=1e-3, rtol=0)
 
 
@@ -802,7 +807,7 @@ def test_normed_keys_agree_as_far_as_the_norm_lets_them():
         torch.testing.assert_close(heads, merged.expand(k, e, -1))
         if align == "linear":
             assert report["energy_kept"]["key"] == pytest.approx(1)
-    lost = m.discarded_energy(statistics)[1]
+    lost, _ = m.discarded_energy(statistics)
     assert lost.max() < 2.1  # of two terms with mean 1; the keys' is 0 or rounding
     quarter = torch.tensor([[[1.0, 0.9j], [-0.9j, 1.0]]] * 2).to(torch.complex128)
     c_MP, kept = m.normed_keys(quarter, torch.tensor([True, False]))
@@ -2434,7 +2439,7 @@ def test_the_head_of_a_card_is_yaml(tmp_path):
     source = tmp_path / "model: v1"
     source.mkdir()
     (source / "README.md").write_text(
-        "---\nlicense: mit\ntags: [\n  x, 'b: c'\n]\nwidget:\n- text: tags\nlanguage: 'no'\n"
+        "---\nlicense: mit\ntags: [\n  x, 'b: c' # so\n]\nwidget:\n- text: tags\nlanguage: 'no'\n"
         "inference: false\nbase_model: {\n a\n}\n---\nText")
     m.write_model_card(tmp_path, source, {"source": 2, "converted": 1},
                        {"source": {"loss": 3.0}, "converted": {"loss": 3.5}}, "so")
@@ -2442,6 +2447,18 @@ def test_the_head_of_a_card_is_yaml(tmp_path):
     assert head == {"base_model": "model: v1", "library_name": "transformers",
                     "tags": ["x", "b: c", "mha2gqa", "grouped-query-attention"], "license": "mit",
                     "widget": [{"text": "tags"}], "language": "no", "inference": False}
+
+
+@pytest.mark.parametrize("files, left", [
+    ({}, sys.maxsize), ({"memory.max": "max", "memory.stat": "anon 5\n"}, sys.maxsize),
+    ({"memory.max": "100\n", "memory.stat": "anon 30\nfile 60\n"}, 70),
+    ({"memory/memory.limit_in_bytes": "100", "memory/memory.stat": "total_rss 120\n"}, 0)])
+def test_memory_that_a_container_leaves(tmp_path, files, left):
+    """Of its limit, less what is not the disk's anyway."""
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert m._container_memory(tmp_path) == left
 
 
 def test_mean_pooling_is_said_once_where_it_is_the_result():
@@ -2671,14 +2688,17 @@ def test_plots_of_conversions(trained, converted, tmp_path, capfd, monkeypatch):
     assert command(capfd, "--plot", outs[1])[0] == 0
     block = reports[1]["layers"][1]
     order = sum(block["groups"], [])
-    for axis, pairs in zip(drawn[1].axes, block["pairs"].values(), strict=False):
+    for axis, pairs in zip(drawn[1].axes[:2], block["pairs"].values(), strict=True):
         pairs = np.array(pairs)[np.ix_(order, order)]
         np.fill_diagonal(pairs, np.nan)
         np.testing.assert_array_equal(axis.images[0].get_array().filled(np.nan), pairs)
-    assert np.mean(block["pairs"]["before"]) < np.mean(block["pairs"]["after"]) < -1
+    assert np.mean(block["pairs"]["before"]) < np.mean(block["pairs"]["after"]) < 1
     errors = [layer["hidden_state_error"] for layer in reports[1]["layers"]]
     assert drawn[1].axes[2].lines[0].get_ydata().tolist() == errors
     refused(capfd, tmp_path, "mha2gqa.json: no such file", "--plot", trained / "mha")
+    run(trained, "mha", tmp_path / "plain", 4, align="none", refit=False, joint=False)
+    assert command(capfd, "--plot", tmp_path / "plain")[0] == 0
+    assert len(drawn[2].axes) == 1  # the errors alone
 
 
 def heed_signals():
@@ -2931,9 +2951,9 @@ def test_models_of_the_hub_in_training(trained, tmp_path, train_command, monkeyp
 
 
 @pytest.mark.slow
-def test_plots_of_a_training(runs, tmp_path):
+def test_plots_of_a_training(runs, tmp_path, monkeypatch):
     """And several runs of which one has been trained; the files are pictures."""
-    pytest.importorskip("matplotlib")
+    figure = pytest.importorskip("matplotlib.figure")
     (paper, _), (default, _) = runs("paper"), runs("default")
     for name, folders in (("one", [paper]), ("other", [default]), ("both", [paper, default])):
         m.plot(folders, tmp_path / f"{name}.png")
@@ -2942,11 +2962,17 @@ def test_plots_of_a_training(runs, tmp_path):
     losses, tokens = report["loss_nats_per_token"], report["tokens"]
     assert report["versions"]["mha2gqa"] == m.__version__ and report["training"]["steps"] == 20
     assert report["training"]["lr"] == 1e-3 and tokens["training"] == 20 * 512
-    assert report["method"] == dataclasses.asdict(m.Method(joint=False)) | {"joint": None}
+    assert report["method"] == dataclasses.asdict(m.Method(joint=False))
+    (way, *_), _, gap = m._summary(default)
+    assert m._summary(default) == m._summary(default / "gqa")
+    assert way == "align linear, refit, training" and gap == losses["distilled"] - losses["source"]
     card = (default / "gqa/README.md").read_text()
     assert f"| distilled | {losses['distilled']:.4f} |" in card
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, dpi: drawn.append(self))
     for result in (paper, default):  # what was grouped, as of a conversion
         m.plot([result / "gqa"], tmp_path / "gqa.png")
+    assert [[len(axis.images) for axis in one.axes] for one in drawn] == [[1, 1, 0], [1, 1, 0, 0]]
 
 
 @pytest.mark.slow

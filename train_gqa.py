@@ -182,11 +182,11 @@ def start_processes() -> torch.device:
         raise ValueError(f"the processes do not find each other ({error_line(error)})") from None
     if not cuda:
         return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"{torch.cuda.get_device_name()} does not compute in bfloat16, which "
                          "training on a GPU needs; CUDA_VISIBLE_DEVICES= makes it run on the CPU")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
     return device
 
 
@@ -796,7 +796,7 @@ def own_fault(error: BaseException) -> str:
     failures = error.failures if isinstance(error, dcp.CheckpointException) else {}
     reasons = [reason for reason, _ in failures.values()] or [error]
     for reason in reasons:
-        if isinstance(reason, torch.OutOfMemoryError) or is_lost_process(reason):
+        if mha2gqa.is_out_of_memory(reason) or is_lost_process(reason):
             raise reason
     return error_line(reasons[0])
 
@@ -1374,12 +1374,15 @@ def run_stages(
     report.content |= {
         "num_hidden_layers": config.num_hidden_layers,
         "kv_heads": {"source": config.num_key_value_heads, "converted": args.kv_heads},
-        "tokens": {"calibration": n_rows * seq_len,
+        "text": {"training": list(args.text), "held_out": list(args.eval_text or args.text)},
+        "tokens": {"calibration": n_rows * seq_len, "calibration_seq_len":
+                   mha2gqa.calibration_rows(data.train.tokens[:1]).shape[1],
                    "training": schedule.steps * schedule.batch_size * seq_len,
                    "held_out": data.held_out.tokens.numel() if data.held_out else 0,
                    "seq_len": seq_len},
         "training": {"steps": schedule.steps, "rows": schedule.batch_size, "lr": schedule.lr,
-                     "mask_lr": None if args.no_masks else schedule.mask_lr}}
+                     "mask_lr": None if args.no_masks else schedule.mask_lr,
+                     "weights": args.train, "teacher": args.teacher, "tasks": args.tasks}}
     if args.source_teaches:
         tuned = source
     elif args.teacher:
@@ -1409,6 +1412,7 @@ def run_stages(
             blocks = student_blocks(start, data.train[:n_rows].to(device), args.kv_heads,
                                     args.method, not args.no_masks, layers.append)
             load_sharded(student, blocks, non_block)
+            report.write()
             if masks:
                 masks.hold(0.0, device)
             report.meter.lap("convert")
@@ -1431,19 +1435,19 @@ def describe_result(args: Arguments, report: Mapping[str, Any]) -> None:
     folder = args.out / "gqa"
     if "training" not in report or (folder / "README.md").exists():
         return
-    method = {f.name: report["arguments"].get(f.name) for f in dataclasses.fields(args.method)}
+    method = dataclasses.asdict(args.method)
     heads, tokens, training = report["kv_heads"], report["tokens"], report["training"]
     scores = {name: {"KL" if of == "kl" else of: n for of, n in found.items()}
               for name, found in report["scores"].items()}
     content = {
         **mha2gqa.provenance(), "source": str(Path(args.model).resolve()), "method": method,
         **{name: of for name, of in report.items()
-           if name not in ("arguments", "scores", "files", "layers")},
+           if name not in ("arguments", "scores", "files", "layers", "done")},
         "loss_nats_per_token": {n: of["loss"] for n, of in scores.items() if "loss" in of},
         "kl_nats_per_token": {n: of["KL"] for n, of in scores.items() if "KL" in of},
         "task_accuracy": {n: {task: x for task, x in of.items() if task not in ("loss", "KL")}
                           for n, of in scores.items() if "mean" in of},
-        "layers": report["layers"]}
+        "layers": report.get("layers", [])}  # not of a run that began before they were kept
     steps = [*mha2gqa.method_steps(method), *["a teacher of its own"] * (not args.source_teaches)]
     how = (f"{heads['source']} to {heads['converted']} KV heads ({', '.join(steps)}), then "
            f"{training['steps']:,} steps of distillation on {tokens['training']:,} tokens")
@@ -1902,7 +1906,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (MemoryError, RuntimeError) as error:
         if mha2gqa.is_out_of_memory(error):
-            print(f"error: {(str(error) or 'not enough memory').splitlines()[0]} More processes, "
+            print(f"error: {(str(error) or 'not enough memory').splitlines()[0]}. More processes, "
                   "--checkpoint-activations or a shorter --seq-len take less", file=sys.stderr)
             return 2
         if not is_lost_process(error):
