@@ -3142,6 +3142,8 @@ def progress(
     from tqdm import tqdm
 
     total = len(cast(Sequence, items)) if total is None else total
+    if inside and total == 1:
+        return items
     if inside:
         options = {"leave": False, "delay": 1, **options}
     if sys.stderr.isatty() or options.get("disable"):
