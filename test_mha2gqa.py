@@ -1240,7 +1240,8 @@ def test_the_report_can_be_checked(trained, corpus, converted):
     config, _ = m.load_checkpoint(trained / "mha")
     _, held_out = m.text_rows(trained / "mha", config, corpus)
     assert report["tokens"] == {"calibration": 281 * 64, "refit": 281 * 64,
-                                "held_out": held_out.numel(), "seq_len": 64}
+                                "held_out": held_out.numel(), "calibration_seq_len": 64,
+                                "seq_len": 64}
     for path, wanted in ((trained / "mha", loss["source"]), (out, loss["converted"])):
         with torch.no_grad():
             found = transformers_model(path)(held_out, labels=held_out).loss.item()
