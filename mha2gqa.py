@@ -25,7 +25,7 @@ The map of this file:
      3  alignment               the maps under which heads agree best
      4  grouping                which heads share
      5  map and merge           apply the maps to a block's weights, average the heads of a group
-     6  masks and losses        what the trainer beside this file needs; of it the conversion, KL
+     6  masks and losses        for the trainer beside this file; the conversion needs KL alone
      7  the walk and the refit  one block after the other: align, merge, train it to fit
      8  convert and evaluate    the two things that this file is for
         --- a reader may stop here: the rest reads, checks and writes files ---
@@ -3420,6 +3420,8 @@ def _plot_conversion(figure, report: Mapping[str, Any]) -> None:
         if "refit" in layers[0]:
             curves[f"{name} the refit, on calibration text"] = (
                 [layer["refit"][name] for layer in layers], style)
+    if not pairs and not curves:
+        raise KeyError("pairs")
     axes = list(figure.subplots(1, len(pairs) + bool(curves), squeeze=False)[0])
     order: list[int] = sum(groups, [])
     shown = {name: np.array(s_KK)[np.ix_(order, order)] for name, s_KK in pairs.items()}

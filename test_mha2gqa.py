@@ -2700,6 +2700,10 @@ def test_plots_of_conversions(trained, converted, tmp_path, capfd, monkeypatch):
     run(trained, "mha", tmp_path / "plain", 4, align="none", refit=False, joint=False)
     assert command(capfd, "--plot", tmp_path / "plain")[0] == 0
     assert len(drawn[2].axes) == 1  # the errors alone
+    (tmp_path / "bare").mkdir()  # as of a training with masks and groups of neighbours
+    m.write_json(tmp_path / "bare/mha2gqa.json", {
+        "method": {"group": "adjacent", "metric": "dist"}, "layers": [{"groups": [[0, 1]]}]})
+    refused(capfd, tmp_path, "bare: nothing to draw; expected", "--plot", tmp_path / "bare")
 
 
 def heed_signals():

@@ -1906,8 +1906,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (MemoryError, RuntimeError) as error:
         if mha2gqa.is_out_of_memory(error):
-            print(f"error: {(str(error) or 'not enough memory').splitlines()[0]}. More processes, "
-                  "--checkpoint-activations or a shorter --seq-len take less", file=sys.stderr)
+            reason = (str(error) or "not enough memory").splitlines()[0].rstrip(".")
+            print(f"error: {reason}. More processes, --checkpoint-activations or a shorter "
+                  "--seq-len take less", file=sys.stderr)
             return 2
         if not is_lost_process(error):
             raise
