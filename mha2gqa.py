@@ -1770,7 +1770,10 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
                     if ".rotary_emb." not in name}
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         # A file may hold both of the tied tensors, or only one of them, under either name.
-        weights.setdefault("model.embed_tokens.weight", weights.pop("lm_head.weight"))
+        head = weights.pop("lm_head.weight")
+        if not torch.equal(weights.setdefault("model.embed_tokens.weight", head), head):
+            raise ValueError(f"{path}: tie_word_embeddings is true in config.json, but the weights "
+                             "have a head of their own; set it to false, or remove lm_head.weight")
     try:
         with torch.device("meta"):
             Llama(config).load_state_dict(weights, assign=True)
@@ -2363,8 +2366,7 @@ def plot(folders: Sequence[PathLike], file: PathLike) -> None:
     if len(folders) > 1:  # what runs cost in loss, against the KV cache that is left
         axis, curves = figure.subplots(), dict[str, list[tuple[float, float]]]()
         for out in map(Path, folders):
-            result = out / "gqa" if (out / "gqa").is_dir() else out  # of a training
-            report = read_json(result / "mha2gqa.json")
+            report = read_json((out / "gqa" if (out / "gqa").is_dir() else out) / "mha2gqa.json")
             way, scores = report["method"], report["scores"]
             trained = [name for name in ("refit", "joint") if way[name]]
             label = ", ".join([way["align"], *trained, [*scores][-1]])
@@ -2385,8 +2387,8 @@ def plot(folders: Sequence[PathLike], file: PathLike) -> None:
         axes[0].set(xlabel="step", ylabel="loss, nats/token", yscale="log")
         axes[0].legend()
         for axis in axes[1:]:
-            image = axis.imshow(np.transpose([s["mask_layers"] for s in steps]), cmap="gray",
-                                aspect="auto", origin="lower", vmin=0, vmax=1)
+            axis.imshow(np.transpose([s["mask_layers"] for s in steps]), cmap="gray", vmin=0,
+                        vmax=1, aspect="auto", origin="lower")
             axis.set(xlabel="step", ylabel="block, white where its masks are open")
     else:  # how well pairs of heads fit before and after they are aligned (figure 3); errors
         layers = read_json(folder / "mha2gqa.json")["layers"]
@@ -2397,12 +2399,10 @@ def plot(folders: Sequence[PathLike], file: PathLike) -> None:
                  for name, s_KK in pairs.items()}
         for axis, (when, s_KK) in zip(axes, shown.items(), strict=False):
             low, high = (of([*shown.values()]) for of in (np.nanmin, np.nanmax))
-            image = axis.imshow(s_KK, vmin=low, vmax=high)  # on one scale
-            axis.set(title=f"pairs of block {n} {when} alignment", xlabel="KV heads by group")
-            axis.set_xticks(range(len(order)), order, fontsize=6)
-            axis.set_yticks(range(len(order)), order, fontsize=6)
-            figure.colorbar(image, label="similarity, or share of energy kept")
-        axes[-1].plot([x["hidden_state_error"] for x in layers], ".-", label="the result")
+            axis.set(title=f"KV heads of block {n} by group, {when}", xticks=range(len(order)),
+                     xticklabels=order, yticks=range(len(order)), yticklabels=order)
+            figure.colorbar(axis.imshow(s_KK, vmin=low, vmax=high), label="similarity, kept share")
+        axes[-1].plot([x.get("hidden_state_error", math.nan) for x in layers], label="the result")
         for when in ("before", "after"):
             if "refit" in layers[0]:
                 axes[-1].plot([x["refit"][when] for x in layers], ".:", label=f"{when} its refit")

@@ -982,7 +982,7 @@ def test_resampled_rows_are_half_the_text_and_half_the_source_s_predictions():
     weights["lm_head.weight"] = 1000 * weights["lm_head.weight"]  # one token is certain
     tokens_BT = random_tokens(config, batch=10, time=48)
     found, again, other = (m.with_resampled_rows(
-        config, weights, tokens_BT, seed, torch.device("cpu")) for seed in (0, 0, 1))
+        config, weights, tokens_BT, m.Method(seed=seed), torch.device("cpu")) for seed in (0, 0, 1))
     n_judges = math.ceil(8 * 10 / 40)  # of the rows and seven copies
     assert len(found) == 10 + 7 * (10 - n_judges) and torch.equal(found[:10], tokens_BT)
     assert torch.equal(found, again) and not torch.equal(found, other)
@@ -1380,8 +1380,12 @@ def test_tied_embeddings_have_one_name_and_others_are_no_copies(tmp_path):
                           "head": rest | {"lm_head.weight": embedding}}.items():
         path = make_directory(tmp_path / name, config, {"model.safetensors": tensors})
         assert same_weights(m.load_checkpoint(path)[1], weights), name
+    path = make_directory(tmp_path / "x", config, {
+        "model.safetensors": weights | {"lm_head.weight": embedding + 1}})
+    with pytest.raises(ValueError, match="x: tie_word_embeddings is true in config.json, but the"):
+        m.load_checkpoint(path)
     config, weights = config_of(), weights | {"lm_head.weight": embedding}  # of one storage
-    path = make_directory(tmp_path / "x", config, {"pytorch_model.bin": weights})
+    path = make_directory(tmp_path / "z", config, {"pytorch_model.bin": weights})
     save_checkpoint(tmp_path / "y", *m.load_checkpoint(path))
     assert same_weights(m.load_checkpoint(tmp_path / "y")[1], weights)
 
@@ -1416,7 +1420,7 @@ def test_output_is_there_whole_or_not_at_all(tmp_path):
               m.new_checkpoint(tmp_path / "x", config, weights) as writer):
             writer.write(weights)
             raise error
-    with (pytest.raises(ValueError, match="x: not all weights were written"),
+    with (pytest.raises(ValueError, match="x: not all weights of model.safetensors were written"),
           m.new_checkpoint(tmp_path / "x", config, weights) as writer):
         writer.write(m.non_block_weights(weights))
     assert not list(tmp_path.iterdir())
@@ -1879,6 +1883,7 @@ def heed_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 @pytest.mark.benchmark
 @pytest.mark.parametrize("method", [m.Method(), m.Method(refit=False)])
 def test_seconds_of_a_conversion(bpe, topics, tmp_path, capsys, method):
@@ -2159,18 +2164,18 @@ def test_attention_alone_is_trained(trained, runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_from_what_the_converter_wrote(trained, converted, runs, tmp_path, refused):
-    """--start: no conversion, and the rate is the one after a refit."""
+def test_a_run_from_what_the_converter_wrote(trained, converted, tmp_path):
+    """No conversion, and the rate is the one after a refit."""
     start, report = converted("mha", 2)
     out = tmp_path / "out"
-    arguments = train_arguments(trained, out, "default", "--start", start)
+    arguments = train_arguments(trained, out, "default", "--start-from", start)
     at = arguments.index("--lr")
     train_run([*arguments[:at], *arguments[at + 2 :]])
     scores = read_json(out)["scores"]
-    assert scores["converted"]["loss"] == pytest.approx(losses(report)["converted"], abs=0.05)
-    assert scores["distilled"]["kl"] < scores["converted"]["kl"]
+    assert scores["converted"]["kl"] < 0.3 * scores["mean_pooled"]["kl"]
     assert max(r["lr"] for r in read_metrics(out).values()) == pytest.approx(3e-3 / 8, rel=0.05)
-    assert read_json(out / "gqa", "mha2gqa.json")["method"] == report["method"]
+    written = read_json(out / "gqa", "mha2gqa.json")
+    assert all(written[name] == report[name] for name in ("method", "layers"))
 
 
 @pytest.mark.slow
@@ -2257,7 +2262,7 @@ def test_bad_input_of_the_trainer(trained, tmp_path, refused, message):
     ("--steps 0: expected more than 0", ["--steps", "0"]),
     ("--lr -1.0: expected more than 0", ["--lr", "-1"]),
     ("--lr nan: expected more than 0", ["--lr", "nan"]),
-    ("--seed -1: expected 0 or more", ["--seed", "-1"]),
+    ("--seed -1: expected more than 0, or 0", ["--seed", "-1"]),
     ("unrecognized arguments: --modell x", ["--modell", "x"]),
     ("metric cos: linear", ["--align", "linear", "--metric", "cos"])])
 def test_wrong_options_of_the_trainer(trained, tmp_path, command, message, more):
@@ -2412,7 +2417,7 @@ def test_exact_match_is_what_greedy_generation_gives(source):
 
 # Of each task a record as published, the label beside it, and the prompt made of it; "y" is right.
 TASK_RECORDS = {
-    "boolq": ({"question": "is it", "passage": "P.", "label": 0}, None,
+    "boolq": ({"question": "is it", "passage": "P.", "label": False}, None,
               "P.\nQuestion: is it?\nChoices: ['true', 'false']\nAnswer:"),
     "piqa": ({"goal": "G", "sol1": "x", "sol2": "y"}, "1",
              "Goal: G\nChoose the most sensible solution to achieve the goal. Choices: ['x', 'y']\n"
@@ -2572,6 +2577,7 @@ def test_what_changes_more_than_keys_and_values_goes_without_masks(more, masks):
     assert bool(args.masks) == masks
 
 
+@pytest.mark.slow
 @pytest.mark.benchmark
 def test_the_speed_of_a_step(source, capsys):
     teacher, student = sharded(source, "none"), sharded(source)

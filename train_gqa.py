@@ -1181,7 +1181,7 @@ def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--version", action="version", version=f"train-gqa {mha2gqa.__version__}")
     add("--model", required=True, help="Hugging Face directory of the source, or a name on the hub")
-    add("--kv-heads", type=int, metavar="G", help="a divisor of the source's; default: --start-from's")
+    add("--kv-heads", type=int, metavar="G", help="a divisor of the source's (or --start-from's)")
     add("--out", type=Path, required=True, help="the run, which the same command continues")
     add("--text", nargs="+", default=[], metavar="FILE", help="text to train on, as mha2gqa.py's")
     add("--eval-text", nargs="+", default=[], metavar="FILE", help="default: a tenth of --text")
