@@ -41,7 +41,6 @@ A *unit* is one source KV head with the Q = H/K query heads that read it; a grou
 
 import argparse
 import array
-import codecs
 import contextlib
 import dataclasses
 import functools
@@ -599,14 +598,13 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
     >>> torch.allclose(x_MNE @ maps, x_NE.expand(3, 50, 4))
     True
     """
-    if gram.ndim < (3 if rope else 4) or gram.shape[-1] != gram.shape[-2] or (
-            gram.is_complex() != rope) or not rope and gram.shape[-3] != gram.shape[-4]:
+    if gram.ndim < (3 if rope else 4) or gram.shape[-1] != gram.shape[-2]:
         raise ValueError(f"expected a Gram (…, M, M, E, E) or (…, P, M, M), found {[*gram.shape]}")
     gram = _as_heads_of_dim_1(gram) if rope else gram
     maps = _polar(gram[..., :, 0, :, :])  # the start: every head onto the first (eq. 6)
     maps[..., 0, :, :] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     history = [_inner_products(gram, maps).triu(1).sum((-1, -2))]
-    before, run = maps, torch.ones_like(history[0])  # run 1: a round without momentum
+    before, run = maps, torch.ones_like(history[0])  # run: rounds since the momentum's last start
     for _ in range(500):
         ahead = maps + ((run - 1) / (run + 2))[..., None, None, None] * (maps - before)
         for i in range(gram.shape[-4]):
@@ -1179,8 +1177,9 @@ def _rotated_keys(
 ) -> tuple[Tensor, Tensor]:
     """The rotations under which the keys of each group agree best, and their inverses: (G, M, P).
 
-    Of normed keys only as `_free_keys` says; and scaled so that all heads of a group weigh the same
-    in their mean. No inverse undoes the scale: the norm takes it out of each head and of the mean.
+    Of normed keys signs alone where planes may not turn, see `_free_keys`; and scaled so that all
+    heads of a group weigh the same in their mean. No inverse undoes the scale: the norm takes it
+    out of each head and of the mean.
     """
     keys, _ = generalized_procrustes(gram_GPMM, rope=True)
     if statistics.turns_P is None or statistics.key_power_K is None:  # both or neither
@@ -1543,7 +1542,8 @@ def convert(
     """Convert a checkpoint to `kv_heads` KV heads; returns the report.
 
     model: a Hugging Face directory, or its name on the hub. corpus: a `Corpus`, or just its files.
-    What will be done is said to the logger "mha2gqa"; `dry_run` ends there, after all checks.
+    What will be done is said to the logger "mha2gqa"; `dry_run` ends there, after all checks but
+    that of the disk's size.
     Hidden states and products are in float32, on a GPU products in bf16; the output keeps the
     source's dtype. Memory holds one block and the tokens' hidden states, however deep the model; in
     the joint refit some 20 bytes for each weight of attention, too.
@@ -1721,6 +1721,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> None
         f"hidden_act {raw.get('hidden_act')!r} (supported: silu)":
             raw.get("hidden_act", "silu") not in ("silu", "swish"),
         "quantised weights (quantization_config)": raw.get("quantization_config"),
+        "attention that is not causal (is_causal)": raw.get("is_causal") is False,
         "partial rotary embedding": partial != 1,
         "sliding window (a mistral model without one has sliding_window null)":
             window or layer_types - {"full_attention"},
@@ -1781,7 +1782,7 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
             if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise ValueError(f"{name} is {weight.dtype}, expected float32, float16 or bfloat16")
     except (RuntimeError, ValueError) as error:
-        reason = textwrap.shorten(str(error), 300)
+        reason = "; ".join(textwrap.shorten(s, 150) for s in str(error).splitlines()[:3])
         raise ValueError(f"{path}: its weights are not those of config.json: {reason}") from None
     return config, weights
 
@@ -1855,7 +1856,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, value) -> None:
     """Write a value as an indented JSON file."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -1910,14 +1911,12 @@ class _CheckpointWriter:
         # subtle: copies, for tensors that share memory, are mapped, or are not contiguous.
         self.buffer |= {name: w.cpu().clone(memory_format=torch.contiguous_format)
                         for name, w in weights.items()}
-        while self.files and all(n in self.buffer for n in next(iter(self.files.values()))):
-            file, names = next(iter(self.files.items()))
+        for file in [f for f, names in self.files.items() if self.buffer.keys() >= {*names}]:
+            tensors = {name: self.buffer.pop(name) for name in self.files.pop(file)}
             try:
-                save_file({n: self.buffer[n] for n in names}, self.folder / file, {"format": "pt"})
+                save_file(tensors, self.folder / file, {"format": "pt"})
             except SafetensorError as error:
                 raise OSError(f"{self.folder / file}: cannot be written ({error})") from None
-            self.buffer = {n: w for n, w in self.buffer.items() if n not in names}
-            del self.files[file]
 
 
 def _plan_files(
@@ -1996,7 +1995,7 @@ def _check_new_directory(path: PathLike, size: int = 0) -> None:
 
 
 def rename_when_on_disk(new: Path, path: Path) -> None:
-    """Give a file or a directory that is finished its name, once the system has written all of it.
+    """Give a file or a directory that is finished its name, once its contents are on the disk.
 
     Otherwise a machine that dies could leave the name, and nothing or a part behind it.
     """
@@ -2011,7 +2010,7 @@ def rename_when_on_disk(new: Path, path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text to calibrate with, and to measure on. Checks the names of its files; raises ValueError.
+    """Text to calibrate with, and to measure on. Checks itself; raises ValueError.
 
     files, eval_files: one path or several, `.jsonl` or `.json` of records with a "text" field, one
     a line, or `.txt`, one document; or these with `.gz`. tokens: how many to read of `files`.
@@ -2025,6 +2024,8 @@ class Corpus:
     seq_len: int | None = None
 
     def __post_init__(self):
+        if type(self.tokens) is not int or self.tokens < 1:
+            raise ValueError(f"tokens {self.tokens!r}: expected a positive whole number")
         for name in ("files", "eval_files"):
             files = getattr(self, name)
             files = [files] if isinstance(files, (str, os.PathLike)) else files
@@ -2103,36 +2104,43 @@ class _Documents(Sequence[str]):
         self.unpacked = tempfile.TemporaryFile()  # noqa: SIM115 # it closes with this object
         self.places = array.array("q")  # of each document: which file, the first byte, the line
         for n, path in enumerate(paths):
-            n_before, at = len(self), self.unpacked.tell()
+            n_before = len(self)
             try:
-                if path.endswith(".gz"):
-                    with gzip.open(path) as packed:
-                        shutil.copyfileobj(packed, self.unpacked)
-                self._find(n, at if path.endswith(".gz") else 0)
+                self._find(n, path)
             except (OSError, EOFError, UnicodeError, zlib.error) as error:
                 raise ValueError(f"{path}: cannot be read ({error})") from None
-            self.unpacked.seek(0, os.SEEK_END)
             if len(self) == n_before:
                 raise ValueError(f"{path}: holds no text")
 
-    def _open(self, n: int):
-        """File n, unpacked, as a context manager."""
-        packed = self.paths[n].endswith(".gz")
-        return contextlib.nullcontext(self.unpacked) if packed else open(self.paths[n], "rb")
-
-    def _find(self, n: int, at: int) -> None:
-        """Note the places of the documents of file n, which begins at that byte."""
-        if ".txt" in self.paths[n][-7:]:
-            self.places.extend([n, at, 0])
-            if not self[len(self) - 1].strip():
-                del self.places[-3:]
+    def _find(self, n: int, path: str) -> None:
+        """Note the places of the documents of file n."""
+        if ".txt" in path[-7:]:
+            if self._text(path).strip():
+                self.places.extend([n, 0, 0])
             return
-        with self._open(n) as file:
+        at = 0
+        if path.endswith(".gz"):
+            at = self.unpacked.seek(0, os.SEEK_END)
+            with gzip.open(path) as packed:
+                shutil.copyfileobj(packed, self.unpacked)
+            self.unpacked.write(b"\n")  # which a last line need not have
+        with self._open(path) as file:
             file.seek(at)
             for number, line in enumerate(file, 1):
-                if line.strip() and _record_text(f"{self.paths[n]}, line {number}", line).strip():
+                if line.strip() and _record_text(f"{path}, line {number}", line).strip():
                     self.places.extend([n, at, number])
                 at += len(line)
+
+    def _open(self, path: str):
+        """A file of records, unpacked, as a context manager."""
+        packed = path.endswith(".gz")
+        return contextlib.nullcontext(self.unpacked) if packed else open(path, "rb")
+
+    def _text(self, path: str) -> str:
+        """A file that is one document."""
+        opener: Any = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            return file.read(self.longest)
 
     def __len__(self) -> int:
         return len(self.places) // 3
@@ -2141,12 +2149,11 @@ class _Documents(Sequence[str]):
         if not 0 <= i < len(self):
             raise IndexError(i)
         n, at, number = self.places[3 * i : 3 * i + 3]
-        with self._open(n) as file:
+        if not number:
+            return self._text(self.paths[n])
+        with self._open(self.paths[n]) as file:
             file.seek(at)
-            if number:
-                return _record_text(f"{self.paths[n]}, line {number}", file.readline())
-            decoder = codecs.getincrementaldecoder("utf-8-sig")()  # it may end within a character
-            return decoder.decode(file.read(4 * self.longest))[: self.longest]
+            return _record_text(f"{self.paths[n]}, line {number}", file.readline())
 
 
 def _record_text(where: str, line: bytes) -> str:
@@ -2268,9 +2275,12 @@ def _say_plan(
     attention = 2 * d * config.head_dim * (config.num_attention_heads + heads["source"])
     mlp, kv = 3 * d * config.intermediate_size, heads["source"] * config.head_dim
     streams = 4 * d * (n_tokens * (2 if method.refit else 1) + 3 * tokens["held_out"])
-    # Weights in float32 and what maps them, or gradients and moments; Gram matrices; activations.
-    block = 32 * attention + 12 * mlp + 32 * kv**2 + 2**16 * d
-    joint = (20 * attention + 2048 * d) * config.num_hidden_layers + 8 * config.vocab_size * d
+    # A block in float32, three times in a refit; what maps it or its gradients and moments; Gram
+    # matrices; activations. In the joint refit all attention, the head and logits of 256 tokens.
+    block = 4 * (attention + mlp) * (3 if method.refit else 1) + 20 * attention
+    block += 32 * kv**2 + 2**16 * d
+    joint = (20 * attention + 2048 * d) * config.num_hidden_layers
+    joint += 8 * config.vocab_size * (d + 1024)
     needed = 5e8 + streams + max(block, joint if method.joint else 0)
     way = ", ".join(f"{name} {value}" for name, value in report["method"].items())
     _log.info(
@@ -2316,9 +2326,11 @@ def table(report: Mapping[str, Any]) -> str:
 def write_report(folder: Path, report: Mapping[str, Any], source: Path) -> None:
     """Write mha2gqa.json, and README.md as the hub shows it, with the licence that the card in the
     source's directory names."""
-    from huggingface_hub import ModelCardData, metadata_load
-
     write_json(folder / "mha2gqa.json", report)
+    try:
+        from huggingface_hub import ModelCardData, metadata_load
+    except ImportError:  # it comes with tokenizers; without them there is no card
+        return
     licence = {}
     with contextlib.suppress(Exception):  # there is no card, or its YAML is broken
         head = metadata_load(source / "README.md") or {}
@@ -2335,7 +2347,7 @@ def write_report(folder: Path, report: Mapping[str, Any], source: Path) -> None:
         'model = AutoModelForCausalLM.from_pretrained("DIRECTORY")\n'
         'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")\n```\n\nThe method begins with Jin '
         "et al. 2025, [Align Attention Heads Before Merging Them](https://arxiv.org/abs/2412.20677)"
-        ".\n", encoding="utf-8")
+        ".\n", encoding="utf-8", errors="replace")
 
 
 def _pick_device(name: str) -> torch.device:
@@ -2348,7 +2360,7 @@ def _pick_device(name: str) -> torch.device:
 
 
 def progress(items: Iterable, what: str, total: int | None = None, **options) -> Iterable:
-    """The items, with tqdm's progress bar; where there is no terminal it says so once a minute."""
+    """The items, with tqdm's progress bar; a line a minute of it where there is no terminal."""
     from tqdm import tqdm
 
     seconds = 0.1 if sys.stderr.isatty() else 60
@@ -2477,7 +2489,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         method, corpus = method_of_arguments(a), Corpus(a.text, a.eval_text, a.tokens, a.seq_len)
         if a.plot:
-            plot(a.plot, "plot.png")
+            try:
+                plot(a.plot, "plot.png")
+            except (KeyError, IndexError):
+                raise ValueError(f"{', '.join(a.plot)}: no reports that can be drawn") from None
             print("written to plot.png")
         elif a.evaluate:
             found = evaluate(a.model, corpus, method.seed, a.device)

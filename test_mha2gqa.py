@@ -1445,7 +1445,17 @@ def test_documents_of_all_kinds_of_files(tmp_path, name):
     content, documents = TEXTS[name]
     (tmp_path / name).write_bytes(content)
     found = m._Documents([str(tmp_path / name)], 100)
-    assert [found[i] for i in range(len(found))] == documents
+    assert list(found) == documents
+
+
+def test_documents_of_several_files(tmp_path):
+    """Two packed ones of each kind, and lines without an end."""
+    for name in TEXTS:
+        (tmp_path / name).write_bytes(TEXTS[name][0].rstrip(b"\n "))
+    names = [*TEXTS, *reversed(TEXTS)]
+    found = m._Documents([str(tmp_path / name) for name in names], 100)
+    assert [text.strip() for text in found] == [
+        text.strip() for name in names for text in TEXTS[name][1]]
 
 
 @pytest.mark.slow
