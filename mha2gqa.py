@@ -2286,8 +2286,8 @@ def _say_plan(
     _log.info(
         f"{config.num_hidden_layers} blocks, {heads['source']} to {heads['converted']} KV heads "
         f"({way});\n{tokens['calibration']:,} tokens to calibrate in rows of "
-        f"{tokens['calibration_seq_len']:,}, resampled to {n_tokens:,}; {tokens['held_out']:,} "
-        f"held out in rows of {tokens['seq_len']:,};\n"
+        f"{tokens['calibration_seq_len']:,} ({n_tokens:,} with resampled copies);\n"
+        f"{tokens['held_out']:,} held out in rows of {tokens['seq_len']:,};\n"
         f"about {needed / 1e9:.1f} GB of memory ({device})")
     sysconf = getattr(os, "sysconf", lambda name: math.inf)  # not on Windows
     free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
@@ -2297,17 +2297,17 @@ def _say_plan(
                       "--no-joint takes less", stacklevel=3)
 
 
-def _peak_memory(device: torch.device) -> int | None:
+def _peak_memory(device: torch.device) -> dict[str, int]:
     """This process's peak in bytes: the allocator's on CUDA, or else of resident memory, which
-    counts mapped weights that the system could drop; None where it does not tell."""
+    counts mapped weights that the system could drop; {} where it does not tell."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return {"cuda_allocated": torch.cuda.max_memory_allocated(device)}
     with contextlib.suppress(ImportError):  # on Windows
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return None
+        return {"host_resident": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return {}
 
 
 def table(report: Mapping[str, Any]) -> str:
