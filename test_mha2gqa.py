@@ -1589,8 +1589,8 @@ def test_dry_run_writes_nothing(trained, tmp_path):
                            "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 0 and not list(tmp_path.iterdir())
     assert re.fullmatch(r"2 blocks, 8 to 4 KV heads \(align linear, .*\);\n[\d,]+ tokens to "
-                        r"calibrate in rows of 64 \([\d,]+ with resampled copies\);\n25,984 held out "
-                        r"in rows of 64;\nabout 0\.\d+ GB of memory \(cpu\)\n", done.stdout)
+                        r"calibrate in rows of 64 \([\d,]+ with resampled copies\);\n25,984 held "
+                        r"out in rows of 64;\nabout 0\.\d+ GB of memory \(cpu\)\n", done.stdout)
     assert re.fullmatch(r"warning: the text has [\d,]+ tokens in whole rows of 64, not the "
                         r"1,000,000,000 asked for: using those\n", done.stderr)
 
