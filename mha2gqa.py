@@ -2178,11 +2178,11 @@ def _pack_rows(
     """
     # [::-1] for no reason but that results are as they always were.
     order = random.Random(seed).sample(range(len(documents)), len(documents))[::-1]
-    ids, read = [np.zeros(0, np.int32)], 0
+    ids, read = [np.zeros(0, np.int64)], 0
     for at in progress(range(0, len(order), 16), "tokenize", delay=2, leave=False):
         texts = [documents[i][: 16 * n_tokens] for i in order[at : at + 16]]
         for tokens in encode(texts):
-            ids.append(np.array(tokens + config.eos_ids, np.int32))
+            ids.append(np.array(tokens + config.eos_ids, np.int64))
             read += len(ids[-1])
         if read >= n_tokens:
             break
@@ -2193,7 +2193,7 @@ def _pack_rows(
             f"{config.vocab_size}; do the tokenizer files belong to this model?"
         )
     n_rows = len(stream) // seq_len
-    return torch.from_numpy(stream[: n_rows * seq_len].reshape(n_rows, seq_len)).long()
+    return torch.from_numpy(stream[: n_rows * seq_len].reshape(n_rows, seq_len))
 
 
 def load_tokenizer(path: PathLike) -> Callable[[list[str]], list[list[int]]]:
