@@ -2094,53 +2094,41 @@ def check_calibration_rows(rows_BT: Tensor, method: Method) -> None:
 class _Documents(Sequence[str]):
     """The documents of text files that are not blank, in their order.
 
-    Each is read from the disk when it is asked for, from its place in the file or, of `.gz`, in a
-    temporary one: little is held of a large text. Of a `.txt` `longest` characters are read at
+    Each is read from the disk when it is asked for, from its place in the file or, of `.gz`, in an
+    unpacked copy: little is held of a large text. Of a `.txt` `longest` characters are read at
     most. Raises ValueError with file and line for what cannot be read.
     """
 
     def __init__(self, paths: Sequence[str], longest: int):
-        self.paths, self.longest = paths, longest
-        self.unpacked = tempfile.TemporaryFile()  # noqa: SIM115 # it closes with this object
+        self.paths, self.longest = list(paths), longest
+        self.folder = tempfile.TemporaryDirectory()  # of the copies; it goes with this object
         self.places = array.array("q")  # of each document: which file, the first byte, the line
         for n, path in enumerate(paths):
             n_before = len(self)
             try:
+                if path.endswith(".gz"):
+                    self.paths[n] = os.path.join(self.folder.name, str(n))
+                    with gzip.open(path) as packed, open(self.paths[n], "wb") as unpacked:
+                        shutil.copyfileobj(packed, unpacked)
                 self._find(n, path)
             except (OSError, EOFError, UnicodeError, zlib.error) as error:
                 raise ValueError(f"{path}: cannot be read ({error})") from None
             if len(self) == n_before:
                 raise ValueError(f"{path}: holds no text")
 
-    def _find(self, n: int, path: str) -> None:
+    def _find(self, n: int, name: str) -> None:
         """Note the places of the documents of file n."""
-        if ".txt" in path[-7:]:
-            if self._text(path).strip():
-                self.places.extend([n, 0, 0])
+        if ".txt" in name[-7:]:
+            self.places.extend([n, 0, 0])
+            if not self[len(self) - 1].strip():
+                del self.places[-3:]
             return
         at = 0
-        if path.endswith(".gz"):
-            at = self.unpacked.seek(0, os.SEEK_END)
-            with gzip.open(path) as packed:
-                shutil.copyfileobj(packed, self.unpacked)
-            self.unpacked.write(b"\n")  # which a last line need not have
-        with self._open(path) as file:
-            file.seek(at)
+        with open(self.paths[n], "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip() and _record_text(f"{path}, line {number}", line).strip():
+                if line.strip() and _record_text(f"{name}, line {number}", line).strip():
                     self.places.extend([n, at, number])
                 at += len(line)
-
-    def _open(self, path: str):
-        """A file of records, unpacked, as a context manager."""
-        packed = path.endswith(".gz")
-        return contextlib.nullcontext(self.unpacked) if packed else open(path, "rb")
-
-    def _text(self, path: str) -> str:
-        """A file that is one document."""
-        opener: Any = gzip.open if path.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            return file.read(self.longest)
 
     def __len__(self) -> int:
         return len(self.places) // 3
@@ -2150,8 +2138,9 @@ class _Documents(Sequence[str]):
             raise IndexError(i)
         n, at, number = self.places[3 * i : 3 * i + 3]
         if not number:
-            return self._text(self.paths[n])
-        with self._open(self.paths[n]) as file:
+            with open(self.paths[n], encoding="utf-8-sig", newline="") as file:
+                return file.read(self.longest)
+        with open(self.paths[n], "rb") as file:
             file.seek(at)
             return _record_text(f"{self.paths[n]}, line {number}", file.readline())
 
