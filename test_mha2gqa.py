@@ -2178,7 +2178,8 @@ def test_a_run_from_what_the_converter_wrote(trained, converted, tmp_path):
     """No conversion, and the rate is the one after a refit."""
     start, report = converted("mha", 2)
     out = tmp_path / "out"
-    arguments = train_arguments(trained, out, "default", "--start-from", start)
+    arguments = train_arguments(trained, out, "default", "--start-from", start,
+                                "--eval-text", trained / "text.jsonl")
     at = arguments.index("--lr")
     train_run([*arguments[:at], *arguments[at + 2 :]])
     scores = read_json(out)["scores"]
@@ -2249,7 +2250,10 @@ BAD_TRAINING = {  # what is said: more arguments
     "other: its vocab_size is 97, expected 384": ["--teacher", "{other}"],
     "gqa: its num_key_value_heads is 4, expected 8": [
         "--align", "linear", "--teacher", "{trained}/gqa"],
-    "mha: its num_key_value_heads is 8, expected 2": ["--start", "{trained}/mha"],
+    "mha: its num_key_value_heads is 8, expected 2": [
+        "--start", "{trained}/mha", "--eval-text", "{trained}/text.jsonl"],
+    "start: its model.embed_tokens.weight is not .*: made of another model": [
+        "--start", "{start}", "--eval-text", "{trained}/text.jsonl"],
     "sequence length 65: expected 2 to 64": ["--seq-len", "65"],
     "trained.*: exists and is not a run of this program": ["--out", "{trained}"],
     "holds a run with --lr 0.001, not 1.0; choose another --out": ["--out", "{run}", "--lr", "1"],
@@ -2258,12 +2262,14 @@ BAD_TRAINING = {  # what is said: more arguments
 
 @pytest.mark.parametrize("message", BAD_TRAINING)
 def test_bad_input_of_the_trainer(trained, tmp_path, refused, message):
-    places = {name: tmp_path / name for name in ("run", "other")} | {"trained": trained}
+    places = {name: tmp_path / name for name in ("run", "other", "start")} | {"trained": trained}
     places["run"].mkdir()
     args = train_gqa.parse_arguments(train_arguments(trained, places["run"]))
     m.write_json(places["run"] / "report.json", {
         "arguments": train_gqa.fixed_arguments(args), "scores": {}})
     save_checkpoint(places["other"], config_of(), random_weights(config_of()))
+    config = dataclasses.replace(m.load_config(trained / "mha"), num_key_value_heads=2)
+    save_checkpoint(places["start"], config, random_weights(config))
     more = [x.format(**places) for x in BAD_TRAINING[message]]
     refused(message, *train_arguments(trained, tmp_path / "out", "paper", *more), program=train_gqa)
 
@@ -2274,6 +2280,7 @@ def test_bad_input_of_the_trainer(trained, tmp_path, refused, message):
     ("--lr nan: expected more than 0", ["--lr", "nan"]),
     ("--seed -1: expected more than 0, or 0", ["--seed", "-1"]),
     ("unrecognized arguments: --modell x", ["--modell", "x"]),
+    ("--start-from and --text need --eval-text, too", ["--start", "x"]),
     ("metric cos: linear", ["--align", "linear", "--metric", "cos"])])
 def test_wrong_options_of_the_trainer(trained, tmp_path, command, message, more):
     status, _, err = command(
@@ -2570,7 +2577,7 @@ def test_rates_by_width_length_and_start():
     assert rates(20_000, 4096) == pytest.approx((1e-5, 1e-2))  # the paper's
     assert rates(100, 1024) == pytest.approx((4e-4, 1.0))
     assert rates(100, 1024, "--refit") == pytest.approx((5e-5, 1.0))
-    assert rates(100, 1024, "--start", "x") == pytest.approx((5e-5, 1.0))
+    assert rates(100, 1024, "--start", "x", "--eval-text", "x.txt") == pytest.approx((5e-5, 1.0))
     assert rates(100, 1024, "--refit", stage="fine-tune") == pytest.approx((4e-4, 1.0))
     assert rates(1000, 4096, "--refit") == pytest.approx((1e-5, 0.1))
     assert rates(1, 64) == pytest.approx((3e-3, 100.0))
@@ -2580,7 +2587,7 @@ def test_rates_by_width_length_and_start():
 @pytest.mark.parametrize("more, masks", [
     (["--align", "rotation"], True), (["--align", "rotation", "--refit"], False),
     (["--align", "none"], True), ([], False), (["--align", "rotation", "--no-masks"], False),
-    (["--align", "rotation", "--start", "x"], False)])
+    (["--align", "rotation", "--start", "x", "--eval-text", "x.txt"], False)])
 def test_what_changes_more_than_keys_and_values_goes_without_masks(more, masks):
     args = train_gqa.parse_arguments(["--model", "x", "--kv-heads", "1", "--out", "x", "--text",
                                       "x.txt", *more])

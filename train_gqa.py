@@ -37,6 +37,7 @@ import gc
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -650,7 +651,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_step(folder: Path, step: int, model, optimizer, masks: Masks | None) -> None:
-    """Write checkpoint `step_N`; the two newest are kept, and nothing else in the folder."""
+    """Write checkpoint `step_N`; of all in the folder the two newest are kept."""
     path = folder / f"step_{step}"
 
     def begin():
@@ -661,7 +662,7 @@ def save_step(folder: Path, step: int, model, optimizer, masks: Masks | None) ->
 
     from_rank_0(begin)
     dcp.save(training_state(model, optimizer), checkpoint_id=path)
-    for old in set(folder.iterdir()) - set(checkpoints(folder)[-2:]) if is_rank_0() else ():
+    for old in set(folder.glob("step_*")) - {*checkpoints(folder)[-2:]} if is_rank_0() else ():
         shutil.rmtree(old)
 
 
@@ -671,14 +672,19 @@ def load_newest(folder: Path, model, optimizer, masks: Masks | None) -> int:
     found = from_rank_0(lambda: checkpoints(folder))
     for path in reversed(found):
         state = training_state(model, optimizer)
+        logging.disable(logging.WARNING)  # subtle: torch logs a traceback of what it then raises
         try:
             dcp.load(state, checkpoint_id=path)
             if masks:
                 log_alpha, adam = from_rank_0(functools.partial(
                     torch.load, path / "masks.pt", weights_only=True))
         except (Exception, dcp.CheckpointException) as error:
+            if is_out_of_memory(error):  # which is not the checkpoint's fault
+                raise
             print_rank_0(f"warning: {path} cannot be read ({error_line(error)})")
             continue
+        finally:
+            logging.disable(logging.NOTSET)
         set_state_dict(model, optimizer, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
         if masks:
@@ -689,6 +695,12 @@ def load_newest(folder: Path, model, optimizer, masks: Masks | None) -> int:
         raise ValueError(f"{folder}: none of its checkpoints can be read; without it the same "
                          "command begins this stage anew")
     return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is of too little memory, a GPU's or the host's, on this rank or another."""
+    said = f"{error!r} {getattr(error, 'failures', '')}"
+    return "MemoryError" in said or "can't allocate memory" in said
 
 
 def error_line(error: BaseException) -> str:
@@ -820,15 +832,16 @@ def read_data(args: Namespace, source: Checkpoint) -> dict[str, TokenBatch]:
     rows = concatenate(train)
     if len(train) > 1:  # shuffled: calibration takes the first rows, which should be of both kinds
         rows = rows[epoch_order(len(rows), seed, 0)]
-    mha2gqa.check_calibration_rows(rows.tokens, args.method)
+    if not args.start:
+        mha2gqa.check_calibration_rows(rows.tokens, args.method)
     return data | {"train": rows}
 
 
 def fixed_arguments(args: Namespace) -> dict[str, Any]:
     """All that must not change from one session of a run to the next."""
     fixed = vars(args) | dataclasses.asdict(args.method)
-    for free in ("method", "how", "out", "save_every", "checkpoint_activations",
-                 "cpu_offload", "compile"):
+    for free in ("method", "joint", "masks", "converts_teacher", "how", "out", "save_every",
+                 "checkpoint_activations", "cpu_offload", "compile"):
         del fixed[free]
     return fixed
 
@@ -862,6 +875,8 @@ def save_report(out: Path, report: Mapping[str, Any]) -> None:
 def begin_run(args: Namespace, source: Checkpoint, new_config: LlamaConfig) -> dict[str, Any]:
     """Make OUT with the first report.json and, until the result is there, data.pt: the tokens that
     the run goes on with, whatever happens to the text. What is wrong is raised before."""
+    # A start says itself how it was made.
+    made = mha2gqa.read_json(Path(args.start) / "mha2gqa.json") if args.start else {}
     out, config, data = args.out, source.config, read_data(args, source)
     train, calibration = data["train"], calibration_batch(args, data["train"])
     schedule, seq_len = make_schedule(args, "distill", config, train), train.tokens.shape[1]
@@ -869,12 +884,11 @@ def begin_run(args: Namespace, source: Checkpoint, new_config: LlamaConfig) -> d
         args.model, config, source.weights, new_config.num_key_value_heads, args.method)
     report |= {
         "arguments": fixed_arguments(args), "scores": {}, "layers": [],
-        "tokens": {"calibration": 0 if args.start else calibration.tokens.numel(),
+        "tokens": {"calibration": made.get("tokens", {}).get(
+                       "calibration", calibration.tokens.numel()),
                    "training": schedule.steps * schedule.batch_size * seq_len, "seq_len": seq_len,
                    "held_out": data["text"].tokens.numel() if args.text else 0}}
-    if args.start:  # it says itself how it was made
-        made = mha2gqa.read_json(Path(args.start) / "mha2gqa.json")
-        report |= {name: made.get(name) for name in ("method", "layers")}
+    report |= {name: made[name] for name in ("method", "layers") if name in made}
     out.mkdir(parents=True, exist_ok=True)
     torch.save({name: vars(rows) for name, rows in data.items()}, out / "data.partial")
     mha2gqa.rename_when_on_disk(out / "data.partial", out / "data.pt")
@@ -885,10 +899,10 @@ def begin_run(args: Namespace, source: Checkpoint, new_config: LlamaConfig) -> d
 def result_config(
     args: Namespace, source: Checkpoint, teacher: Checkpoint | None, start: Checkpoint | None
 ) -> LlamaConfig:
-    """The source's config with fewer KV heads; ValueError if --teacher or --start do not fit it.
+    """The source's config with fewer KV heads; ValueError if teacher or start do not fit it.
 
     A teacher's vocabulary must be the source's; and all that shapes the model, if it is the one to
-    be converted. --start must be the source with fewer KV heads.
+    be converted. A start must be the source with fewer KV heads, made of it: it has its embedding.
     """
     kv_heads = args.kv_heads or cast(Checkpoint, start).config.num_key_value_heads
     new_config = mha2gqa.gqa_config(source.config, kv_heads)
@@ -900,6 +914,9 @@ def result_config(
             if model and getattr(model.config, name) != getattr(expected, name):
                 raise ValueError(f"{model.path}: its {name} is {getattr(model.config, name)}, "
                                  f"expected {getattr(expected, name)}, to fit --model")
+    name = "model.embed_tokens.weight"
+    if start and not torch.equal(start.weights[name].float(), source.weights[name].float()):
+        raise ValueError(f"{start.path}: its {name} is not {args.model}'s: made of another model?")
     return new_config
 
 
@@ -1188,7 +1205,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--tasks", metavar="DIR", help=f"folders of the public raw files of {', '.join(TASKS)}")
     # subtle: torchrun takes --start, wherever it stands, for a short form of its --start-method.
     add("--start-from", "--start", dest="start", metavar="DIR", help="what mha2gqa.py made of "
-        "MODEL, to start from (torchrun may refuse the name --start, like one of its own)")
+        "MODEL, to start from; nothing is converted then, and options for that do nothing")
     add("--teacher", metavar="MODEL", help="default: the source, fine-tuned on --tasks")
     add("--sft-epochs", type=float, default=2, help="default: %(default)s; 0: no fine-tuning")
     add("--steps", type=int, help="default: what --epochs takes")
@@ -1209,13 +1226,16 @@ def add_options(parser: ArgumentParser) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> Namespace:
     """The command line's arguments, checked, and what follows from them: `method`, `how`
-    to shard models, whether there are `masks`, and whether the run `converts_teacher` or source."""
+    to shard models, whether there are `masks`, and whether the run `converts_teacher`."""
     parser = ArgumentParser(
         prog="train-gqa", description=__doc__.split("\n")[0],
         epilog=f"Without arguments: the demo, which makes and converts a small model in {DEMO}.")
     add_options(parser)
     mha2gqa.add_method_arguments(parser)
     args = parser.parse_args(argv, Namespace(joint=False))  # the training itself is joint
+    if args.start and args.text and not args.eval_text:
+        parser.error("--start-from and --text need --eval-text, too: a conversion of the same text "
+                     "may have been calibrated on what would be held out here")
     if not (args.kv_heads or args.start) or not (args.text or args.tasks):
         parser.error("a run needs --kv-heads or --start, and --text or --tasks")
     for name, value in vars(args).items():
@@ -1228,8 +1248,9 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     except ValueError as error:
         parser.error(str(error))
     # Masks mix keys and values, but linear alignment and a refit change other weights, too.
-    args.converts_teacher = args.method.refit or args.method.align == "linear"
-    args.masks = not (args.converts_teacher or args.start or args.no_masks)
+    more_changes = args.method.refit or args.method.align == "linear"
+    args.converts_teacher = more_changes and not args.start
+    args.masks = not (more_changes or args.start or args.no_masks)
     args.how = {"recompute": args.checkpoint_activations, "offload": args.cpu_offload,
                 "compiled": args.compile}
     return args
@@ -1256,7 +1277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, line = 2, f"error: {error_line(error)}"
     except (MemoryError, RuntimeError, dcp.CheckpointException) as error:
         status, line = 2, f"error: {error_line(error)}"
-        if "MemoryError" in repr(error) or "can't allocate memory" in line:
+        if is_out_of_memory(error):
             line += ("; more processes, --train attention, --checkpoint-activations or a shorter "
                      "--seq-len take less")
         elif "inline_container" in line or isinstance(error, dcp.CheckpointException):
