@@ -483,7 +483,8 @@ def _free_keys(gram_PKK: Tensor, turns_P: Tensor | None) -> Tensor:
 
 def _query_power(q_NHE: Tensor) -> Tensor:
     """Σ_n |q|² (H, P) of each head in each RoPE plane."""
-    return q_NHE.square().sum(0).unflatten(-1, (2, -1)).sum(1)
+    x, y = q_NHE.chunk(2, dim=-1)
+    return x.square().sum(0) + y.square().sum(0)
 
 
 def _output_root(config: LlamaConfig, weights: Weights) -> Tensor:
