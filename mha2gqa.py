@@ -388,9 +388,9 @@ class BlockStatistics:
     vectors as rows. query_KP: Σ_n |q[n]|² over the query heads of each unit, in each plane.
     output_KEE: S_i = (Σ WoᵀWo)^½ over the query heads of each unit, so ‖v S_i‖² = Σ ‖v Woᵀ‖²: how
     much a value v changes the output. n_tokens: how many tokens the sums are over.
-    key_power_K and turns_P are None unless keys are normed, as in Qwen3. Then key_PKK is of what
-    comes out of the norm; key_power_K is Σ_n |k[n]|² before it; turns_P is which planes may turn,
-    see `_free_keys`.
+    key_power_K and free_plane_P are None unless keys are normed, as in Qwen3. Then key_PKK is of
+    what comes out of the norm; key_power_K is Σ_n |k[n]|² before it; free_plane_P says which planes
+    may turn, see `_free_keys`.
     """
 
     key_PKK: Tensor
@@ -399,7 +399,7 @@ class BlockStatistics:
     output_KEE: Tensor
     n_tokens: int
     key_power_K: Tensor | None = None
-    turns_P: Tensor | None = None
+    free_plane_P: Tensor | None = None
 
 
 def block_statistics(
@@ -435,12 +435,12 @@ def block_statistics(
     # To the CPU: that is where hundreds of small decompositions are fast.
     sums = {name: total.cpu() for name, total in sums.items()}
     query_KP = sums["q"].unflatten(0, (config.num_key_value_heads, -1)).sum(1)
-    turns_P = None
+    free_plane_P = None
     if config.qk_norm:
         q_2P, k_2P = (weights[f"self_attn.{name}_norm.weight"].cpu().view(2, -1) for name in "qk")
-        turns_P = (q_2P[0] == q_2P[1]) & (k_2P[0] == k_2P[1])
+        free_plane_P = (q_2P[0] == q_2P[1]) & (k_2P[0] == k_2P[1])
     return BlockStatistics(sums["k"], sums["v"], query_KP, _output_root(config, weights).cpu(),
-                           x_BTD[..., 0].numel(), sums.get("k power"), turns_P)
+                           x_BTD[..., 0].numel(), sums.get("k power"), free_plane_P)
 
 
 def value_gram(v_NKE: Tensor) -> Tensor:
@@ -467,7 +467,7 @@ def key_gram(k_NKE: Tensor) -> Tensor:
     return torch.complex(gram[:, 0, :, 0] + gram[:, 1, :, 1], gram[:, 1, :, 0] - gram[:, 0, :, 1])
 
 
-def _free_keys(gram_PKK: Tensor, turns_P: Tensor | None) -> Tensor:
+def _free_keys(gram_PKK: Tensor, free_plane_P: Tensor | None) -> Tensor:
     """`key_gram` of the keys as far as maps are free to make them agree.
 
     All of it, unless keys are normed, as Qwen3's: there each head's query and key goes through
@@ -476,9 +476,9 @@ def _free_keys(gram_PKK: Tensor, turns_P: Tensor | None) -> Tensor:
     norm or of the keys') may not turn, but only change its sign: then the real part is all that
     there is to gain. (In trained models that is nearly every plane.)
     """
-    if turns_P is None:
+    if free_plane_P is None:
         return gram_PKK
-    return torch.where(turns_P[:, None, None], gram_PKK, gram_PKK.real.to(gram_PKK.dtype))
+    return torch.where(free_plane_P[:, None, None], gram_PKK, gram_PKK.real.to(gram_PKK.dtype))
 
 
 def _query_power(q_NHE: Tensor) -> Tensor:
@@ -767,11 +767,11 @@ def discarded_energy(statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
         i, j = chunk[:, :, None], chunk[:, None, :]
         z, v = statistics.key_PKK[:, i, j], statistics.value_KKEE[i, j]
         root = statistics.query_KP.sqrt()[chunk].movedim(-1, 0)  # (P, pairs, 2)
-        if statistics.turns_P is None:
+        if statistics.free_plane_P is None:
             keys = torch.linalg.eigvalsh(  # in ascending order
                 root[..., :, None] * z * root[..., None, :])
         else:  # heads of one length that only turn: the best they can share is their mean
-            agree = _free_keys(z[..., 0, 1, None], statistics.turns_P)[..., 0].abs()
+            agree = _free_keys(z[..., 0, 1, None], statistics.free_plane_P)[..., 0].abs()
             mean = z.diagonal(dim1=-2, dim2=-1).real.mean(-1)
             keys = torch.stack([mean - agree, mean + agree], -1)
             keys *= root.square().mean(-1, keepdim=True)
@@ -1136,7 +1136,7 @@ def _choose_groups(
     else:
         gram, by_key = statistics.value_KKEE, method.group == "key"
         if by_key:
-            gram = _free_keys(statistics.key_PKK, statistics.turns_P)
+            gram = _free_keys(statistics.key_PKK, statistics.free_plane_P)
         inner_KK = gram.real.sum(0) if by_key else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         before_KK = _similarity(inner_KK, statistics.n_tokens, method.metric)
         s_KK = after_KK = head_similarity(gram, statistics.n_tokens, method.metric, rope=by_key)
@@ -1158,7 +1158,7 @@ def _align_groups(
     value_GMMEE, key_GPMM = statistics.value_KKEE[i, j], statistics.key_PKK[:, i, j].movedim(0, 1)
     keys = key_inverses = torch.ones_like(key_GPMM[..., 0]).mT  # (G, M, P): as they are
     values = torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1)
-    if method.align == "linear" and statistics.turns_P is None:
+    if method.align == "linear" and statistics.free_plane_P is None:
         keys, key_inverses, kept["key"] = shared_keys(key_GPMM, statistics.query_KP[g_GM])
     elif method.align != "none":
         keys, key_inverses = _rotated_keys(key_GPMM, statistics, g_GM)
@@ -1183,10 +1183,10 @@ def _rotated_keys(
     out of each head and of the mean.
     """
     keys, _ = generalized_procrustes(gram_GPMM, rope=True)
-    if statistics.turns_P is None or statistics.key_power_K is None:  # both or neither
+    if statistics.free_plane_P is None or statistics.key_power_K is None:  # both or neither
         return keys.mT, 1 / keys.mT
     signs, _ = generalized_procrustes(gram_GPMM.real[..., None, None])
-    keys = torch.where(statistics.turns_P[:, None], keys, signs[..., 0, 0].to(keys.dtype)).mT
+    keys = torch.where(statistics.free_plane_P[:, None], keys, signs[..., 0, 0].to(keys.dtype)).mT
     root_GM = (statistics.key_power_K[g_GM] + _TINY).sqrt()
     return keys * (root_GM.mean(1, keepdim=True) / root_GM)[..., None], 1 / keys
 

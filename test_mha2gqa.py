@@ -688,8 +688,8 @@ def scrambled(config, weights, seed=0, linear=False):
         block = m.block_weights(weights, i)
         if config.qk_norm:
             norms = [block[f"self_attn.{n}_norm.weight"].view(2, -1) for n in "qk"]
-            turns_P = (norms[0][0] == norms[0][1]) & (norms[1][0] == norms[1][1])
-            keys = torch.where(turns_P, keys, keys.real.sign())
+            free_plane_P = (norms[0][0] == norms[0][1]) & (norms[1][0] == norms[1][1])
+            keys = torch.where(free_plane_P, keys, keys.real.sign())
         block = m.transform(block, config, order, m.HeadMaps.exact(keys, values))
         dtype = weights["model.norm.weight"].dtype
         out |= {m.block_prefix(i) + n: w.to(dtype) for n, w in block.items()}

@@ -956,7 +956,7 @@ class Run:
             args, "distill", self.source.config, self.data["train"]))
         steps, size, lr = self.schedule.steps, self.schedule.batch_size, self.schedule.lr
         print_rank_0(f"{steps} steps of {size} rows of {self.data['train'].tokens.shape[1]} tokens"
-                     + ", with masks" * args.masks + f", learning rate {lr:.1e}")
+                     + (", with masks" if args.masks else "") + f", learning rate {lr:.1e}")
 
     def stages(self) -> dict[str, Any]:
         """The stages in their order; the result is OUT/gqa. Returns the report."""
@@ -1242,7 +1242,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
         least = 0 if name in ("sft_epochs", "seed") else 1e-12
         if type(value) in (int, float) and not least <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: expected more than 0"
-                         + ", or 0" * (least == 0))
+                         + ("" if least else ", or 0"))
     try:
         args.method = mha2gqa.method_of_arguments(args)
     except ValueError as error:
