@@ -1919,6 +1919,9 @@ each_way = pytest.mark.parametrize("way", WAYS)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # bits depend on how many there are
+
+
 def train_arguments(trained, out, way="paper", *more):
     return [str(x) for x in (
         "--model", trained / "mha", "--kv-heads", "2", "--out", out, "--text",
@@ -1929,7 +1932,7 @@ def train_arguments(trained, out, way="paper", *more):
 def train_run(arguments, launch=()):
     """A run as a program of its own, which must end well; what it printed."""
     done = subprocess.run([sys.executable, *launch, TRAINER, *arguments], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -2055,10 +2058,10 @@ def start_group(arguments, processes, prepare=lambda: None):
     for rank in range(processes):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
                        "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost",
-                       "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+                       "MASTER_PORT": port}
         yield subprocess.Popen(
             [sys.executable, TRAINER, *arguments], text=True,
-            env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+            env={**ONE_THREAD, **{name: str(value) for name, value in environment.items()}},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=begin)
 
 
