@@ -1053,16 +1053,19 @@ def boolq(r) -> Parsed:
 
 
 def piqa(r) -> Parsed:
+    """PIQA; the label, 0 or 1, from the file beside it."""
     return (f"Goal: {r['goal']}\nChoose the most sensible solution to achieve the goal. ",
             [r["sol1"], r["sol2"]], int(r["label"]))
 
 
 def winogrande(r) -> Parsed:
+    """WinoGrande; the answer is "1" or "2"."""
     return ('Choose the most sensible text to replace the "_" in the following sentence: '
             f"{r['sentence']}\n", [r["option1"], r["option2"]], int(r["answer"]) - 1)
 
 
 def siqa(r) -> Parsed:
+    """Social IQa; the label, 1 to 3, from the file beside it."""
     return (f"{r['context']}\nQuestion: {r['question']}\n",
             [r["answerA"], r["answerB"], r["answerC"]], int(r["label"]) - 1)
 
@@ -1078,6 +1081,7 @@ def science(r) -> Parsed:
 
 
 def hellaswag(r) -> Parsed:
+    """HellaSwag, of the preprocessed text."""
     return ("Please choose the most appropriate text to complete the passage below:\n"
             f"Passage: {r['ctx']}\n", r["endings"], int(r["label"]))
 
