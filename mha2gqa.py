@@ -43,6 +43,7 @@ import argparse
 import array
 import contextlib
 import dataclasses
+import errno
 import functools
 import gzip
 import itertools
@@ -64,7 +65,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -179,13 +180,14 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, tokens_BT: Tensor, document_BT: Tensor | None = None,
+        self, tokens_BT: Tensor, document_BT: Tensor | tuple[Tensor, Tensor] | None = None,
         readout: Callable[[Tensor, Tensor], Tensor] = F.linear
     ) -> Tensor:
         """Logits (B, T, V); or whatever `readout(hidden_BTD, head_VD)` makes of the hidden states.
 
         `document_BT` numbers the documents of packed rows, each a run of tokens: attention and
-        positions then never cross from one into the next. None: each row is one document.
+        positions then never cross from one into the next; or what `document_positions` makes of
+        that. None: each row is one document.
         `readout` is for losses that must not hold all logits at once. It runs within the forward
         because FSDP gathers the head's weight only there.
         """
@@ -352,18 +354,28 @@ def _inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
     return theta_P
 
 
-def _rope_and_ends(config: LlamaConfig, x_BTD: Tensor, document_BT: Tensor | None = None):
+def document_positions(document_BT: Tensor, device) -> tuple[Tensor, Tensor]:
+    """(The position (B, T) of each token in its document, the `ends` of `causal_attention`).
+
+    Computed where the documents are: in the host's memory, no GPU has to be waited for.
+    """
+    begins_BT = F.pad(document_BT.diff() != 0, (1, 0), value=True)
+    time_T = torch.arange(begins_BT.shape[1], device=begins_BT.device)
+    position_BT = time_T - (time_T * begins_BT).cummax(-1).values
+    ends = F.pad(begins_BT.flatten().nonzero()[:, 0], (0, 1), value=begins_BT.numel()).int()
+    return position_BT.to(device, non_blocking=True), ends.to(device, non_blocking=True)
+
+
+def _rope_and_ends(config: LlamaConfig, x_BTD: Tensor, document_BT=None):
     """((cos, sin) of shape (B or 1, 1, T, P), the `ends` of `causal_attention`).
 
     subtle: computed at every call, and not a buffer, which would hold garbage after meta device ->
     to_empty -> load, and be wrong if it were rounded to bf16.
     """
+    if isinstance(document_BT, Tensor):
+        document_BT = document_positions(document_BT, x_BTD.device)
     time_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
-    position_BT, ends = time_T[None], None
-    if document_BT is not None:
-        begins_BT = F.pad(document_BT.diff() != 0, (1, 0), value=True)
-        position_BT = time_T - (time_T * begins_BT).cummax(-1).values
-        ends = F.pad(begins_BT.flatten().nonzero()[:, 0], (0, 1), value=begins_BT.numel()).int()
+    position_BT, ends = document_BT or (time_T[None], None)
     angle = position_BT[:, None, :, None].float() * _inverse_frequencies(config, x_BTD.device)
     return (angle.cos().to(x_BTD.dtype), angle.sin().to(x_BTD.dtype)), ends
 
@@ -409,7 +421,8 @@ def block_statistics(
 
     weights: the block's, named as in `Block`. metric: "cos" first scales every key and value vector
     to length 1 (eq. 7, 8), "dist" does not. Gram products, of some 4,096 tokens at a time, are made
-    in float32 at least, and summed up in float64.
+    in float32 at least, and summed up in float64. Of few tokens, which may leave directions unseen,
+    they are made in float64: rounding in float32 would look like energy there.
     """
     sums: dict[str, Tensor] = {}
 
@@ -425,21 +438,22 @@ def block_statistics(
                 f"self_attn.{name}_proj.bias", f"self_attn.{name}_norm.weight"))
             with _autocast(rows.device, rows.shape[-1]):
                 heads = F.linear(y_BTD, weight.to(rows), None if bias is None else bias.to(rows))
-            heads_NKE = at_least_float32(heads).flatten(0, 1).unflatten(-1, (-1, config.head_dim))
+            heads = heads.double() if x_BTD[..., 0].numel() <= 65_536 else at_least_float32(heads)
+            heads_NKE = heads.flatten(0, 1).unflatten(-1, (-1, config.head_dim))
             if norm is not None:
                 add(f"{name} power", heads_NKE.double().square().sum((0, 2)))
                 heads_NKE = _rms_norm(heads_NKE, norm.to(heads_NKE), config.rms_norm_eps)
             if metric == "cos" and name != "q":
                 heads_NKE = F.normalize(heads_NKE, dim=-1)
             add(name, gram(heads_NKE))
-    # To the CPU: that is where hundreds of small decompositions are fast.
+    # To the CPU: that is where hundreds of small decompositions are fast, also `_output_root`'s.
     sums = {name: total.cpu() for name, total in sums.items()}
     query_KP = sums["q"].unflatten(0, (config.num_key_value_heads, -1)).sum(1)
     free_plane_P = None
     if config.qk_norm:
         q_2P, k_2P = (weights[f"self_attn.{name}_norm.weight"].cpu().view(2, -1) for name in "qk")
         free_plane_P = (q_2P[0] == q_2P[1]) & (k_2P[0] == k_2P[1])
-    return BlockStatistics(sums["k"], sums["v"], query_KP, _output_root(config, weights).cpu(),
+    return BlockStatistics(sums["k"], sums["v"], query_KP, _output_root(config, weights),
                            x_BTD[..., 0].numel(), sums.get("k power"), free_plane_P)
 
 
@@ -491,8 +505,8 @@ def _output_root(config: LlamaConfig, weights: Weights) -> Tensor:
     """S_i = (Σ WoᵀWo)^½ (K, E, E) over the query heads of a unit: ‖v S_i‖² = Σ ‖v Woᵀ‖²."""
     heads = (config.num_key_value_heads, -1, config.head_dim)
     wo_KQED = weights["self_attn.o_proj.weight"].double().mT.unflatten(0, heads)
-    value, vector = torch.linalg.eigh((wo_KQED @ wo_KQED.mT).sum(1))
-    root = value.clamp(min=1e-12 * value.max() + 1e-30).sqrt()  # not 0: it will be inverted
+    value, vector = torch.linalg.eigh((wo_KQED @ wo_KQED.mT).sum(1).cpu())
+    root = value.clamp(min=1e-12 * value.max() + _FLOOR).sqrt()  # not 0: it will be inverted
     return (vector * root[..., None, :]) @ vector.mT
 
 
@@ -630,7 +644,9 @@ def _rotate_head(gram: Tensor, maps: Tensor, i: int) -> Tensor:
     return rotated
 
 
-_TINY = 1e-100  # added to energies, in float64, so that heads of zeros do not divide 0 by 0
+# Energies, in float64: added, so that heads of zeros do not divide 0 by 0; the least of what will
+# be inverted.
+_TINY, _FLOOR = 1e-100, 1e-30
 
 
 def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -661,7 +677,7 @@ def shared_keys(gram_PMM: Tensor, power_MP: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     m = power_MP.shape[-2]
     # subtle: not 0, since queries without power in a plane would divide by it.
-    root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max() + _TINY).sqrt()
+    root_PM = power_MP.mT.clamp(min=1e-9 * power_MP.max() + _FLOOR).sqrt()
     energy_PM, vector_PMM = torch.linalg.eigh(
         root_PM[..., :, None] * gram_PMM * root_PM[..., None, :])
     best_P, u_PM = energy_PM[..., -1], vector_PMM[..., -1]
@@ -900,11 +916,6 @@ class HeadMaps:
     key_inverse_KP: Tensor
     value_inverse_KEE: Tensor
 
-    @classmethod
-    def exact(cls, key_KP: Tensor, value_KEE: Tensor) -> "HeadMaps":
-        """With the inverses that leave the model unchanged."""
-        return cls(key_KP, value_KEE, 1 / key_KP, torch.linalg.inv(value_KEE))
-
 
 def transform(
     weights: Weights, config: LlamaConfig, order_K: Sequence[int], maps: HeadMaps
@@ -1041,11 +1052,8 @@ class Method:
     seed: for all that is random.
     """
 
-    CHOICES: ClassVar = {
-        "align": ("linear", "rotation", "none"),
-        "group": ("energy", "value", "key", "adjacent"),
-        "metric": ("dist", "cos"),
-    }
+    CHOICES: ClassVar = {"align": ("linear", "rotation", "none"), "metric": ("dist", "cos"),
+                         "group": ("energy", "value", "key", "adjacent")}
     GROUP_FOR: ClassVar = {"linear": "energy", "rotation": "value", "none": "adjacent"}
 
     align: str = "linear"
@@ -1158,6 +1166,10 @@ def _align_groups(
     value_GMMEE, key_GPMM = statistics.value_KKEE[i, j], statistics.key_PKK[:, i, j].movedim(0, 1)
     keys = key_inverses = torch.ones_like(key_GPMM[..., 0]).mT  # (G, M, P): as they are
     values = torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1)
+    # As if heads had been seen to be equal, with this little energy, in all planes and directions:
+    # of those that the text does not show, maps would be arbitrary.
+    key_GPMM = key_GPMM + (1e-9 * key_GPMM.abs().max() + _FLOOR)
+    value_GMMEE = value_GMMEE + (1e-9 * value_GMMEE.abs().max() + _FLOOR) * values[:, :, None]
     if method.align == "linear" and statistics.free_plane_P is None:
         keys, key_inverses, kept["key"] = shared_keys(key_GPMM, statistics.query_KP[g_GM])
     elif method.align != "none":
@@ -1213,12 +1225,13 @@ def refit_block(
 
     def error(trained, rows):
         document = None if document_BT is None else document_BT[rows]
-        y_BTD = _forward(block, {**weights, **trained}, at_least_float32(x_BTD[rows]), document)
+        rows = rows.to(x_BTD.device, non_blocking=True)
+        x = at_least_float32(x_BTD[rows])
+        y_BTD = _forward(block, {**weights, **trained}, x, _rope_and_ends(config, x, document))
         return _hidden_state_error(y_BTD, target_BTD[rows])
 
-    tokens_BT = x_BTD[..., 0]  # only its shape and device count
-    fitted, error_of = _fit(_trainable(weights), error, lambda _: _REFIT_RATE, tokens_BT,
-                            _refit_epochs(tokens_BT.numel()), seed, "refit")
+    fitted, error_of = _fit(_trainable(weights), error, lambda _: _REFIT_RATE, x_BTD[..., 0],
+                            _refit_epochs(x_BTD[..., 0].numel()), seed, "refit")
     return {**weights, **fitted}, error_of
 
 
@@ -1268,29 +1281,33 @@ def joint_refit(
     device, empty = target_BTD.device, _empty_block(gqa_config(config, kv_heads))
     frozen = {name: w for name, w in weights.items() if ".mlp." in name}
     needed = sum(w.nbytes for w in frozen.values()) + 24 * sum(w.numel() for w in start.values())
+    torch.cuda.empty_cache()  # what the walk no longer uses is free
     if device.type != "cuda" or needed < torch.cuda.mem_get_info(device)[0]:
         frozen = {name: w.to(device) for name, w in frozen.items()}  # or else in each step
-    readout = _readout(config, weights, target_BTD)
+    readout, tokens_BT = _readout(config, weights, target_BTD), tokens_BT.to(device)
+    table_VD = weights["model.embed_tokens.weight"].to(device)
+    recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
-    def run(i, trained, x_BTD):
+    def run(i, trained, rope_and_ends, x_BTD):
         block = block_weights({**frozen, **trained}, i)
-        return _forward(empty, {name: w.to(device) for name, w in block.items()}, x_BTD)
+        return _forward(empty, {n: w.to(device) for n, w in block.items()}, x_BTD, rope_and_ends)
 
     def sum_of_kl(x_ND, target_ND):
         return kl_loss(readout(x_ND), readout(target_ND)).sum()
 
     def kl(trained, rows):
-        x_BTD = embed(weights, tokens_BT[rows], device)
-        for i in range(config.num_hidden_layers):
-            x_BTD = checkpoint(run, i, trained, x_BTD, use_reentrant=False)
+        rows = rows.to(device, non_blocking=True)
+        x_BTD = F.embedding(tokens_BT[rows], table_VD).float()
+        rope_and_ends = _rope_and_ends(config, x_BTD)
+        for i in range(config.num_hidden_layers):  # subtle: it would walk through all arguments
+            x_BTD = recomputed(functools.partial(run, i, trained, rope_and_ends), x_BTD)
         chunks = (y_BTD.flatten(0, 1).split(256) for y_BTD in (x_BTD, target_BTD[rows]))
-        return sum(checkpoint(sum_of_kl, *chunk, use_reentrant=False)
+        return sum(recomputed(sum_of_kl, *chunk)
                    for chunk in zip(*chunks, strict=True)) / x_BTD[..., 0].numel()
 
-    def rate(before):  # KL is quadratic in what is wrong with the logits
-        return min(_JOINT_RATE, math.sqrt(max(before, 0)) / 2)
-
-    fitted, found = _fit(start, kl, rate, tokens_BT, 1, seed, "joint refit")
+    fitted, found = _fit(  # KL is quadratic in what is wrong with the logits
+        start, kl, lambda before: min(_JOINT_RATE, math.sqrt(max(before, 0)) / 2), tokens_BT, 1,
+        seed, "joint refit")
 
     def block_with_report(i, report):
         source = read_block(weights, i, device)
@@ -1319,12 +1336,12 @@ def with_resampled_rows(
     copied_BT = tokens_BT[n_held_out:]
     x_BTD = _hidden_states(config, weights, copied_BT, device, "resample")
     readout = _readout(config, weights, x_BTD)
-    generator = torch.Generator().manual_seed(method.seed)
+    generator = torch.Generator().manual_seed(method.seed)  # the same numbers on all devices
     found_CBT = copied_BT.repeat(copies, 1, 1)
-    for b, x_TD in enumerate(x_BTD):
-        drawn_CT = torch.cat([
-            torch.multinomial(readout(x).softmax(-1).cpu(), copies, True, generator=generator)
-            for x in x_TD[:-1].split(256)]).mT
+    for b, x_TD in enumerate(x_BTD):  # a token where the distribution passes a uniform number
+        cdf_TV = readout(x_TD[:-1]).softmax(-1).cumsum(-1)  # up to 1, but for rounding
+        u_TC = torch.rand(len(cdf_TV), copies, generator=generator).to(x_TD) * cdf_TV[:, -1:]
+        drawn_CT = torch.searchsorted(cdf_TV[:, :-1].contiguous(), u_TC, right=True).mT.cpu()
         replace_CT = torch.rand(drawn_CT.shape, generator=generator) < 0.5
         found_CBT[:, b, 1:][replace_CT] = drawn_CT[replace_CT]
     return torch.cat([tokens_BT, found_CBT.flatten(0, 1)])
@@ -1371,12 +1388,10 @@ def _fit(
     not finite, the weights stay as they were.
     """
     size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
-    # On the device of the tokens, or hidden states, so that no step of a refit waits for it.
-    held_out, rows = torch.arange(len(tokens_BT), device=tokens_BT.device).tensor_split(
-        [_held_out_rows(len(tokens_BT))])
+    held_out, rows = torch.arange(len(tokens_BT)).tensor_split([_held_out_rows(len(tokens_BT))])
     generator = torch.Generator().manual_seed(seed)
     orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
-    batches = [batch for order in orders for batch in rows[order.to(rows.device)].split(size)]
+    batches = [batch for order in orders for batch in rows[order].split(size)]
     new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
     device, width = next(iter(new.values())).device, max(w.shape[-1] for w in new.values())
     # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
@@ -1399,8 +1414,7 @@ def _fit(
         adam.zero_grad()
     fitted = _cast_like(weights, {name: w.detach() for name, w in new.items()})
     after = held_out_loss(fitted)
-    if not after < before:
-        return dict(weights), {"before": before, "after": before}
+    fitted, after = (fitted, after) if after < before else (dict(weights), before)
     return fitted, {"before": before, "after": after}
 
 
@@ -1465,12 +1479,9 @@ def _empty_block(config: LlamaConfig) -> Block:
         return Block(config)
 
 
-def _forward(
-    block: Block, weights: Weights, x_BTD: Tensor, document_BT: Tensor | None = None
-) -> Tensor:
+def _forward(block: Block, weights: Weights, x_BTD: Tensor, rope_and_ends: tuple) -> Tensor:
     """The hidden states after a block with these weights, in the dtype of x."""
     weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}
-    rope_and_ends = _rope_and_ends(block.config, x_BTD, document_BT)
     return torch.func.functional_call(block, weights, (x_BTD, *rope_and_ends), strict=True)
 
 
@@ -1489,7 +1500,8 @@ def _run_block_(
         for at in range(0, len(x_BTD), size):
             rows = slice(at, at + size)
             document = None if document_BT is None else document_BT[rows]
-            x_BTD[rows] = _forward(block, weights, x_BTD[rows], document)
+            x = x_BTD[rows]
+            x_BTD[rows] = _forward(block, weights, x, _rope_and_ends(config, x, document))
             finite &= x_BTD[rows].isfinite().all()
     if not finite:
         raise ValueError(f"{name}: its hidden states on this text are not finite")
@@ -1536,15 +1548,13 @@ def _check_finite(weights: Weights, prefix: str = "") -> None:
 
 @torch.no_grad()
 def convert(
-    model: PathLike, out_dir: PathLike, kv_heads: int,
-    corpus: "Corpus | PathLike | Sequence[PathLike]", method: Method = Method(),
+    model: PathLike, out_dir: PathLike, kv_heads: int, corpus: "Corpus", method: Method = Method(),
     device: str = "auto", dry_run: bool = False
 ) -> dict[str, Any]:
     """Convert a checkpoint to `kv_heads` KV heads; returns the report.
 
-    model: a Hugging Face directory, or its name on the hub. corpus: a `Corpus`, or just its files.
-    What will be done is said to the logger "mha2gqa"; `dry_run` ends there, after all checks but
-    that of the disk's size.
+    model: a Hugging Face directory, or its name on the hub. What will be done is said to the logger
+    "mha2gqa"; `dry_run` ends there, after all checks but that of the disk's size.
     Hidden states and products are in float32, on a GPU products in bf16; the output keeps the
     source's dtype. Memory holds one block and the tokens' hidden states, however deep the model; in
     the joint refit some 20 bytes for each weight of attention, too.
@@ -1553,17 +1563,12 @@ def convert(
     nats/token, sizes in bytes, times in seconds. It is there whole or not at all. Raises
     ValueError for bad input, as early as possible; OSError if writing fails.
     """
-    seconds: dict[str, float] = {}
     start, place = time.perf_counter(), _pick_device(device)
-
-    def lap(stage: str) -> None:
-        seconds[stage] = time.perf_counter() - start - sum(seconds.values())
-
-    corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
     _check_new_directory(out_dir)
     gqa_config(load_config(model_folder(model, weights=False)), kv_heads)  # before a download
     folder = model_folder(model)
     config, weights = load_checkpoint(folder)
+    companion_files(folder)
     rows, held_out = text_rows(folder, config, corpus, method.seed)
     rows = calibration_rows(rows)
     check_calibration_rows(rows, method)
@@ -1579,17 +1584,14 @@ def convert(
     with new_checkpoint(out_dir, new_config, weights, folder) as writer:
         rows = with_resampled_rows(config, weights, rows, method, place)
         x_BTD = embed(weights, rows, place)
-        lap("read and resample")
         walk = converted_blocks(config, weights, x_BTD, kv_heads, method)
         blocks: Iterable[ConvertedBlock] = progress(walk, "convert", config.num_hidden_layers)
         if method.joint:
             blocks, report["joint_kl"] = joint_refit(
                 config, weights, blocks, rows, x_BTD, kv_heads, method.seed)
-            lap("convert")
         report |= _write_and_score(
             writer.write, config, new_config, weights, blocks, held_out, place)
-        lap("write" if method.joint else "convert and write")
-        report |= {"seconds": seconds | {"total": sum(seconds.values())},
+        report |= {"seconds": time.perf_counter() - start,
                    "peak_memory_bytes": _peak_memory(place)}
         write_report(writer.folder, report, folder)
     return report
@@ -1624,15 +1626,11 @@ def _write_and_score(
 
 
 @torch.no_grad()
-def evaluate(
-    model: PathLike, corpus: "Corpus | PathLike | Sequence[PathLike]", seed: int = 0,
-    device: str = "auto"
-) -> dict[str, Any]:
+def evaluate(model: PathLike, corpus: "Corpus", seed=0, device="auto") -> dict[str, Any]:
     """{"loss", in nats/token, "held_out_tokens"} of a model, with the same protocol as `convert`.
 
     With the same corpus and seed the held-out rows are the same. Raises ValueError for bad input.
     """
-    corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
     place, folder = _pick_device(device), model_folder(model)
     config, weights = load_checkpoint(folder)
     _, held_out = text_rows(folder, config, corpus, seed)
@@ -1651,20 +1649,23 @@ def _mean_scores(
     ValueError for logits that are not finite.
     """
     readout, n_predictions = _readout(config, weights, streams["source"]), tokens_BT.shape[1] - 1
-    sums = {name: {"loss": 0.0, "kl": 0.0} for name in streams}
-    for row, tokens_T in enumerate(tokens_BT.to(streams["source"].device)):
+    tokens_BT = tokens_BT.to(streams["source"].device)
+    sums = dict.fromkeys(streams, torch.zeros(2, dtype=torch.float64, device=tokens_BT.device))
+    for row, tokens_T in enumerate(tokens_BT):
         for at in range(0, n_predictions, 256):
             here = slice(at, min(at + 256, n_predictions))
             logits = {name: readout(x[row, here]) for name, x in streams.items()}
             for name, x_TV in logits.items():
-                sums[name]["loss"] += F.cross_entropy(
-                    x_TV, tokens_T[1:][here], reduction="sum").item()
-                sums[name]["kl"] += kl_loss(x_TV, logits["source"]).sum().item()
-    for name, of in sums.items():
+                loss = F.cross_entropy(x_TV, tokens_T[1:][here], reduction="sum")
+                kl = kl_loss(x_TV, logits["source"]).sum()
+                sums[name] = sums[name] + torch.stack([loss, kl])
+    n = len(tokens_BT) * n_predictions
+    means = {name: dict(zip(("loss", "kl"), (total / n).tolist(), strict=True))
+             for name, total in sums.items()}
+    for name, of in means.items():
         if not math.isfinite(of["loss"]):
             raise ValueError(f"the {name.replace('_', '-')} model's logits are not finite")
-    n = len(tokens_BT) * n_predictions
-    return {name: {metric: x / n for metric, x in of.items()} for name, of in sums.items()}
+    return means
 
 
 def _readout(config: LlamaConfig, weights: Weights, like: Tensor) -> Callable[[Tensor], Tensor]:
@@ -1684,14 +1685,12 @@ def _readout(config: LlamaConfig, weights: Weights, like: Tensor) -> Callable[[T
 # by definition. With what transformers takes for keys that are not in config.json, where that
 # differs from `LlamaConfig`'s own defaults.
 _MODEL_TYPES: dict[str, dict[str, int]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072},
+    "llama": {}, "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072},
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
 }
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
+    "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
@@ -1713,19 +1712,19 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unsupported(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
     """Raise ValueError that names the first thing that this file's model does not compute."""
     kind, layer_types = raw.get("model_type"), set(raw.get("layer_types") or [])
-    # subtle: a mistral config without the key has a window of 4096 in transformers.
-    window = (raw.get("sliding_window", 4096) is not None if kind == "mistral"
-              else kind != "llama" and raw.get("use_sliding_window"))
+    # subtle: without the key a window is 4096. Qwen's begins at a layer, or layers have types.
+    window = raw.get("sliding_window", 4096) if kind == "mistral" or (
+        kind != "llama" and raw.get("use_sliding_window") and not layer_types
+        and raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 0)) else None
     partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
     unsupported = {
         f"model_type {kind!r} (supported: {', '.join(_MODEL_TYPES)})": kind not in _MODEL_TYPES,
         f"hidden_act {raw.get('hidden_act')!r} (supported: silu)":
             raw.get("hidden_act", "silu") not in ("silu", "swish"),
-        "quantised weights (quantization_config)": raw.get("quantization_config"),
-        "attention that is not causal (is_causal)": raw.get("is_causal") is False,
+        "attention that is not causal (is_causal)": not raw.get("is_causal", True),
         "partial rotary embedding": partial != 1,
-        "sliding window (a mistral model without one has sliding_window null)":
-            window or layer_types - {"full_attention"},
+        f"sliding window (sliding_window {window}; null if there is none)": window is not None,
+        f"layer_types {sorted(layer_types)}": layer_types - {"full_attention"},
         f"rope type {rope['rope_type']!r} (supported: {', '.join(_ROPE_FIELDS)})":
             rope["rope_type"] not in _ROPE_FIELDS,
     }
@@ -1777,11 +1776,12 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
             raise ValueError(f"{path}: tie_word_embeddings is true in config.json, but the weights "
                              "have a head of their own; set it to false, or remove lm_head.weight")
     try:
-        with torch.device("meta"):
-            Llama(config).load_state_dict(weights, assign=True)
         for name, weight in weights.items():
             if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ValueError(f"{name} is {weight.dtype}, expected float32, float16 or bfloat16")
+                raise ValueError(f"{name} is {weight.dtype}, expected float32, float16 or bfloat16 "
+                                 "(quantised weights must be dequantised first)")
+        with torch.device("meta"):
+            Llama(config).load_state_dict(weights, assign=True)
     except (RuntimeError, ValueError) as error:
         reason = "; ".join(textwrap.shorten(s, 150) for s in str(error).splitlines()[:3])
         raise ValueError(f"{path}: its weights are not those of config.json: {reason}") from None
@@ -1830,10 +1830,12 @@ def _config_json(config: LlamaConfig) -> dict[str, Any]:
     """The content of config.json: what was read, with only num_key_value_heads changed.
 
     RoPE's parameters are written in transformers' old spelling, too, if they have only the new one.
-    What names code of the source's own goes: the result is a model that every engine knows.
+    What names code of the source's own goes: the result is a model that every engine knows. So
+    does quantization_config, which stays behind where weights were dequantised.
     """
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    kept = {n: value for n, value in fields.pop("raw").items() if n != "auto_map"}
+    kept = {n: value for n, value in fields.pop("raw").items()
+            if n not in ("auto_map", "quantization_config")}
     if not kept:
         kept = {**fields, "sliding_window": None}  # absent, it would be 4096 in mistral's
     elif "rope_parameters" in kept:  # readers that know only the old spelling would be wrong
@@ -1871,8 +1873,7 @@ def _weight_files(folder: Path) -> list[Path]:
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index}: has no weight_map")
             return [folder / n for n in sorted({Path(str(n)).name for n in weight_map.values()})]
-    raise ValueError(f"{folder}: no model.safetensors, no pytorch_model.bin, no index of either; "
-                     "MODEL is a directory with config.json, the weights and the tokenizer")
+    raise ValueError(f"{folder}: no model.safetensors, no pytorch_model.bin, no index of either")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -1886,8 +1887,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a broken file can make torch.load raise almost anything
         reason = textwrap.shorten(str(error) or type(error).__name__, 120)
-        raise ValueError(f"{file}: cannot be read ({reason}); if it is cut, or only a Git LFS "
-                         "pointer, download it again") from None
+        advice = "" if isinstance(error, OSError) else (
+            "; if it is cut, or only a Git LFS pointer, download it again")
+        raise ValueError(f"{file}: cannot be read ({reason}){advice}") from None
     if not isinstance(tensors, dict) or not all(isinstance(w, Tensor) for w in tensors.values()):
         raise ValueError(f"{file}: holds more than tensors; save the model's state dict by itself")
     return tensors
@@ -1960,9 +1962,8 @@ def new_checkpoint(
         if len(files) > 1:
             write_json(folder / "model.safetensors.index.json", index)
         write_json(folder / "config.json", _config_json(config))
-        for pattern in _TOKENIZER_FILES if tokenizer_from else ():
-            for file in Path(cast(PathLike, tokenizer_from)).glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        for file in companion_files(tokenizer_from) if tokenizer_from else ():
+            shutil.copyfile(file, folder / file.name)
         writer = _CheckpointWriter(folder, files)
         yield writer
         if writer.files:
@@ -1975,9 +1976,15 @@ def new_checkpoint(
         raise
 
 
-_TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "*.model", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
+def companion_files(folder: PathLike) -> list[Path]:
+    """What a result takes over as it is; raises OSError for a file that cannot be opened."""
+    names = (r"(tokenizer|chat_template|LICENSE|NOTICE).*|.*\.model|merges\.txt|"
+             r"(special_tokens_map|added_tokens|vocab|generation_config)\.json")
+    # Not glob(), which would leave out a link to nothing.
+    found = [f for f in Path(folder).iterdir() if re.fullmatch(names, f.name) and not f.is_dir()]
+    for file in found:
+        file.open("rb").close()
+    return found
 
 
 def _check_new_directory(path: PathLike, size: int = 0) -> None:
@@ -2102,7 +2109,8 @@ class _Documents(Sequence[str]):
 
     def __init__(self, paths: Sequence[str], longest: int):
         self.paths, self.longest = list(paths), longest
-        self.folder = tempfile.TemporaryDirectory()  # of the copies; it goes with this object
+        if any(path.endswith(".gz") for path in paths):
+            self.folder = tempfile.TemporaryDirectory()  # of the copies; goes with this object
         self.places = array.array("q")  # of each document: which file, the first byte, the line
         for n, path in enumerate(paths):
             n_before = len(self)
@@ -2113,6 +2121,8 @@ class _Documents(Sequence[str]):
                         shutil.copyfileobj(packed, unpacked)
                 self._find(n, path)
             except (OSError, EOFError, UnicodeError, zlib.error) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:  # no fault of the text
+                    raise OSError(f"{self.folder.name}: {error}, to unpack {path}") from None
                 raise ValueError(f"{path}: cannot be read ({error})") from None
             if len(self) == n_before:
                 raise ValueError(f"{path}: holds no text")
@@ -2424,11 +2434,9 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: energy, value, adjacent for --align linear, rotation, none)")
     add("--refit", action=argparse.BooleanOptionalAction, help="train each block's attention and "
         "norms to reproduce the source's hidden states (default: with --align linear)")
-    add("--metric", choices=Method.CHOICES["metric"], default=Method.metric,
-        help="similarity: minus the mean square distance (default), or the mean cosine (for "
-        "--align rotation or none)")
-    add("--seed", type=int, default=Method.seed, metavar="N", help="of the order of the text, the "
-        "grouping, and all else that is random (default: %(default)s)")
+    add("--metric", choices=Method.CHOICES["metric"], default=Method.metric, help="similarity: "
+        "minus the mean square distance (default), or with rotation or none the mean cosine")
+    add("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
 
 
 def method_of_arguments(arguments: argparse.Namespace) -> Method:

@@ -49,7 +49,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import mha2gqa
-from mha2gqa import Llama, LlamaConfig, Method
+from mha2gqa import Llama, LlamaConfig, Method, Weights
 
 # ---- 1 processes ---------------------------------------------------------------------------------
 
@@ -134,16 +134,25 @@ class TokenBatch:
     loss_bits: Tensor
     document: Tensor | None = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "TokenBatch":
-        fields: dict[str, Any] = {n: x if x is None else function(x) for n, x in vars(self).items()}
-        return TokenBatch(**fields)
-
     def __getitem__(self, rows) -> "TokenBatch":
-        return self.map(lambda x: x[rows])
+        return TokenBatch(*(cast(Any, x) if x is None else x[rows] for x in vars(self).values()))
 
     def to(self, device: torch.device) -> "TokenBatch":
-        batch = self.map(lambda x: x.to(device))
-        return dataclasses.replace(batch, tokens=batch.tokens.long())
+        """With the tokens on the device. The rest stays: what is computed of it in the host's
+        memory, no GPU has to be waited for."""
+        return dataclasses.replace(self, tokens=self.tokens.to(device, non_blocking=True).long())
+
+    def inputs(self) -> tuple:
+        """What a model takes: the tokens and, of packed rows, positions and ends of documents."""
+        return self.tokens, None if self.document is None else mha2gqa.document_positions(
+            self.document, self.tokens.device)
+
+    def predictions(self, bits: int) -> list[Tensor]:
+        """(Where in the rows, laid end to end, the predictions with one of these bits are, their
+        bits), on the device of the tokens."""
+        bits_N = self.loss_bits.flatten() & bits
+        at = bits_N.nonzero()[:, 0]
+        return [x.to(self.tokens.device, non_blocking=True) for x in (at, bits_N[at])]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -225,9 +234,6 @@ def micro_batches(batch: TokenBatch) -> Iterator[TokenBatch]:
 
 # ---- 3 models ------------------------------------------------------------------------------------
 
-Weights = Mapping[str, Tensor]
-
-
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A model directory that was opened; its weights are mapped, and read when they are used."""
@@ -240,7 +246,6 @@ class Checkpoint:
     def open(cls, model: str | Path) -> "Checkpoint":
         """Of a directory, or of a name on the hub, on all ranks."""
         path = from_rank_0(lambda: mha2gqa.model_folder(model))
-        from_rank_0(lambda: mha2gqa.load_checkpoint(path) and None)  # all raise what is wrong
         return cls(path, *mha2gqa.load_checkpoint(path))
 
     def blocks(self) -> Iterator[dict[str, Tensor]]:
@@ -301,9 +306,7 @@ def attentions(model: Llama) -> list[mha2gqa.Attention]:
     return [module for module in model.modules() if isinstance(module, mha2gqa.Attention)]
 
 
-def shard(
-    model: Llama, recompute: bool = False, offload: bool = False, compiled: bool = False
-) -> Llama:
+def shard(model: Llama, recompute=False, offload=False, compiled=False) -> Llama:
     """Shard a model on the meta device over all ranks, each block, then the root.
 
     Its parameters hold nothing yet. What is trained will be in float32, all else in the dtype of
@@ -328,15 +331,10 @@ def shard(
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         if recompute:
             block.forward = functools.partial(  # type: ignore[method-assign]
-                checkpoint, block.forward, use_reentrant=False)
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         wrap(block)
     wrap(model)
     return model.to_empty(device="cpu" if offload else device)
-
-
-def reshard(model: nn.Module) -> None:
-    """Free gathered parameters. subtle: a forward without gradients leaves the root's gathered."""
-    model.reshard()  # type: ignore[operator]  # FSDPModule's, which fully_shard makes of the model
 
 
 def gathered(p: Tensor) -> Tensor:
@@ -356,7 +354,7 @@ def load_sharded(model: Llama, parts: Iterable[Weights]) -> Llama:
     for parameters, weights in zip(
             sharded, parts if is_rank_0() else itertools.repeat({}), strict=False):
         for name, p in parameters.items():
-            full = weights[name] if is_rank_0() else torch.empty(p.shape)
+            full = weights[name] if is_rank_0() else torch.empty(p.shape, device=p.device)
             p, full = cast(DTensor, p), full.to(p.device, p.dtype)
             p.to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements).to_local())
     return model
@@ -390,10 +388,10 @@ def save_model(
 # ---- 4 losses ------------------------------------------------------------------------------------
 
 Readout = Callable[[Tensor, Tensor], Tensor]  # (hidden_BTD, head_VD) -> the forward's result
+CHUNK = 2**24  # of how many logits a loss is computed at once; on a GPU of 4 times as many
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
+class Objective(NamedTuple):
     """What a training minimises, as a sum of parts.
 
     parts: name -> bit of the predictions that this part is averaged over. losses_of: makes for a
@@ -406,21 +404,21 @@ class Objective:
     losses_of: Callable[[TokenBatch], Readout]
 
 
-def chunk_size(head_VD: Tensor) -> int:
-    """Of how many predictions a loss makes the logits at once: 512 over 32,000, on a GPU 2,048."""
-    return max(1, 2 ** (26 if head_VD.is_cuda else 24) // len(head_VD))
+def in_chunks(function: Callable, at: Tensor, *others: Tensor) -> Readout:
+    """The sum of `function` over chunks of the predictions `at`, recomputed in the backward pass.
 
-
-def in_chunks(function: Callable, hidden_ND: Tensor, head_VD: Tensor, *others: Tensor) -> Tensor:
-    """Sum of `function` over chunks of `chunk_size`, recomputed in the backward pass.
-
-    So the logits of a batch, float32 and V wide, never exist all at once.
+    So the logits of a batch, float32 and V wide, never exist all at once. others: as long as `at`;
+    `function` gets (hidden_ND, head_VD, *others) of a chunk.
     """
-    size = chunk_size(head_VD)
-    chunks = zip(hidden_ND.split(size), *(x.split(size) for x in others), strict=True)
-    sums = [checkpoint(function, hidden, head_VD, *rest, use_reentrant=False)
-            for hidden, *rest in chunks]
-    return sum(sums[1:], sums[0])
+    def readout(hidden_BTD, head_VD):
+        size = max(1, (4 * CHUNK if head_VD.is_cuda else CHUNK) // len(head_VD))
+        inputs = hidden_BTD.flatten(0, 1)[at], *others
+        sums = [checkpoint(function, hidden, head_VD, *rest, use_reentrant=False,
+                           preserve_rng_state=False)
+                for hidden, *rest in zip(*(x.split(size) for x in inputs), strict=True)]
+        return sum(sums[1:], sums[0])
+
+    return readout
 
 
 def cross_entropy() -> Objective:
@@ -430,16 +428,15 @@ def cross_entropy() -> Objective:
         return torch.stack([F.cross_entropy(logits, target_N, reduction="sum")])
 
     def losses_of(batch: TokenBatch) -> Readout:
-        at = batch.loss_bits & ANSWER > 0
-        target = batch.tokens.roll(-1, dims=1)[at]
-        return lambda hidden, head: in_chunks(of_chunk, hidden[at], head, target)
+        at, _ = batch.predictions(ANSWER)
+        return in_chunks(of_chunk, at, batch.tokens.flatten()[at + 1])
 
     return Objective({"cross_entropy": ANSWER}, losses_of)
 
 
 def distillation(teacher: Llama) -> Objective:
     """KL and BiLD to the teacher (eq. 30)."""
-    reshard(teacher)
+    teacher.reshard()  # type: ignore[operator]  # FSDPModule's, which fully_shard makes of it
     teacher_head = gathered(teacher.head_weight).to(compute_device())
 
     def of_chunk(hidden_ND, head_VD, teacher_ND, bits_N):
@@ -449,11 +446,10 @@ def distillation(teacher: Llama) -> Objective:
         return torch.stack([kl, bild])
 
     def losses_of(batch: TokenBatch) -> Readout:
-        at = batch.loss_bits > 0
+        at, bits_N = batch.predictions(PROMPT | ANSWER)
         with torch.no_grad():
-            teacher_ND = teacher(batch.tokens, batch.document, lambda hidden, _: hidden)[at]
-        return lambda hidden, head: in_chunks(
-            of_chunk, hidden[at], head, teacher_ND, batch.loss_bits[at])
+            hidden = teacher(*batch.inputs(), lambda hidden, _: hidden)
+        return in_chunks(of_chunk, at, hidden.flatten(0, 1)[at], bits_N)
 
     return Objective({"kl": PROMPT, "bild": ANSWER}, losses_of)
 
@@ -475,11 +471,8 @@ class Masks:
         kv_heads = model.config.num_key_value_heads
         self.log_alpha = torch.full((len(self.layers), kv_heads), 3.0, requires_grad=True)
         self.optimizer = torch.optim.Adam([self.log_alpha], lr=lr, betas=(0.9, 0.95))
-        self.steps, self.seed, self.lr = steps, seed, lr
+        self.steps, self.seed = steps, seed
         self.drawn: Tensor | None = None  # the sampled masks, differentiable
-
-    def target(self, step: int) -> float:
-        return max(0.0, 1 - step / (0.3 * self.steps))
 
     def set_all(self, z: float) -> None:
         """Set every z to the same value: 1 is the old heads, 0 the new ones."""
@@ -495,19 +488,19 @@ class Masks:
 
     def draw(self, step: int) -> dict[str, Any]:
         """Set the z of every projection for this step; returns what to log."""
+        target = max(0.0, 1 - step / (0.3 * self.steps))
         if step == 0 or step >= 0.8 * self.steps:  # all open; all closed
             self.set_all(float(step == 0))
             opened = self.z_LK.detach()
         else:
             with torch.no_grad():
-                self.log_alpha += shift_to(self.log_alpha, self.target(step))
+                self.log_alpha += shift_to(self.log_alpha, target)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
             self.drawn = mha2gqa.hard_concrete(self.log_alpha, generator)
             self.set_z(self.drawn)
             opened = mha2gqa.open_probability(self.log_alpha.detach())
-        return {"mask_mean": opened.mean().item(), "mask_target": self.target(step),
-                "mask_layers": [round(x, 4) for x in opened.mean(1).tolist()],
-                "mask_lr": self.lr}
+        return {"mask_mean": opened.mean().item(), "mask_target": target,
+                "mask_layers": [round(x, 4) for x in opened.mean(1).tolist()]}
 
     def step(self) -> None:
         """One Adam step along the gradient that the backward passes left in z."""
@@ -532,8 +525,7 @@ def shift_to(log_alpha: Tensor, target: float) -> float:
 # ---- 6 training ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """A stage of training: its name, length, batches, learning rates of model and masks."""
 
     stage: str
@@ -552,10 +544,11 @@ def train(
     """AdamW on the batches of the schedule, continued from the newest checkpoint in `folder` that
     can be read; if there is none, `initialise` gives the model its weights.
 
-    The loss is the sum of the objective's parts, each divided by the number of predictions in the
-    global batch that carry its bit. Each step adds a line to metrics.jsonl beside the folder; of
-    steps made twice the last line counts. Raises FloatingPointError at a gradient that is not
-    finite, KeyboardInterrupt after SIGTERM and a checkpoint.
+    Gradients are cut to norm 1. The loss is the sum of the objective's parts, each divided by the
+    number of predictions in the global batch that carry its bit. Each step adds a line to
+    metrics.jsonl beside the folder; of steps made twice the last line counts. Raises
+    FloatingPointError at a gradient that is not finite, KeyboardInterrupt after SIGTERM and a
+    checkpoint.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     # Fused: otherwise a step makes a copy of all parameters, and on a CPU takes six times as long.
@@ -570,18 +563,23 @@ def train(
     with stop_signal() as stopped:
         for step in progress(range(first, steps), schedule.stage, steps, initial=first):
             start = time.perf_counter()
-            record: dict[str, Any] = {"stage": schedule.stage, "step": step}
-            if masks:
-                record |= masks.draw(step)
+            drawn = masks.draw(step) if masks else {}
             batch = batch_of_step(data, step, schedule.batch_size, schedule.seed)
             losses = backward(model, batch, objective)
-            record |= {"loss": losses.sum().item(),
-                       **dict(zip(objective.parts, losses.tolist(), strict=True))}
-            record["lr"] = schedule.lr * mha2gqa.lr_factor(step, steps)
-            record["gradient_norm"] = clipped_step(model, optimizer, record)
+            norm = gathered(nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"{schedule.stage}, step {step}: the loss is {losses.sum().item()}, its "
+                    f"gradient's norm {norm}; a new --out with a lower --lr may do")
+            lr = optimizer.param_groups[0]["lr"] = schedule.lr * mha2gqa.lr_factor(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
             if masks:
                 masks.step()
-            record["tokens_per_second"] = batch.tokens.numel() / (time.perf_counter() - start)
+            parts = dict(zip(objective.parts, losses.tolist(), strict=True))
+            speed = batch.tokens.numel() / (time.perf_counter() - start)
+            record = {"stage": schedule.stage, "step": step, **drawn, "loss": losses.sum().item(),
+                      **parts, "lr": lr, "gradient_norm": norm, "tokens_per_second": speed}
             if is_rank_0():
                 with open(metrics, "a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -598,28 +596,12 @@ def backward(model: Llama, batch: TokenBatch, objective: Objective) -> Tensor:
     counts = [max(1, int((batch.loss_bits & bit > 0).sum())) for bit in objective.parts.values()]
     count, total = torch.tensor(counts, device=device), torch.zeros(len(counts), device=device)
     for micro in progress(list(micro_batches(batch)), "step", leave=False, delay=1):
-        losses = model(micro.tokens, micro.document, objective.losses_of(micro)) / count
+        losses = model(*micro.inputs(), objective.losses_of(micro)) / count
         (losses.sum() * dist.get_world_size()).backward()  # FSDP averages over ranks
         total += losses.detach()
     total = total.cpu()
     dist.all_reduce(total)
     return total
-
-
-def clipped_step(model: Llama, optimizer: torch.optim.Optimizer, record: Mapping) -> float:
-    """A step at the rate record["lr"] along the gradient, cut to norm 1; returns the norm it had.
-
-    Raises FloatingPointError, with what the record says, if the norm is not finite.
-    """
-    norm = gathered(nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"{record['stage']}, step {record['step']}: the loss is {record['loss']}, its "
-            f"gradient's norm {norm}; a new --out with a lower --lr may do")
-    optimizer.param_groups[0]["lr"] = record["lr"]
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
 
 
 @contextlib.contextmanager
@@ -725,12 +707,13 @@ def eval_batches(data: TokenBatch, name: str) -> Iterable[TokenBatch]:
 @torch.no_grad()
 def held_out_loss(model: Llama, teacher: Llama, data: TokenBatch, name: str) -> dict[str, float]:
     """The loss and the KL to the teacher on held-out text, in nats/token over all predictions."""
-    objectives, total = (cross_entropy(), distillation(teacher)), torch.zeros(3).double()
+    objectives = cross_entropy(), distillation(teacher)
+    total = torch.zeros(3, dtype=torch.float64, device=compute_device())
     for micro in eval_batches(data, name):
         readouts = [objective.losses_of(micro) for objective in objectives]
-        total += model(micro.tokens, micro.document, lambda hidden, head, readouts=readouts:
-                       torch.cat([readout(hidden, head) for readout in readouts])).cpu()
-    dist.all_reduce(total)
+        total += model(*micro.inputs(), lambda hidden, head, readouts=readouts:
+                       torch.cat([readout(hidden, head) for readout in readouts]))
+    dist.all_reduce(total := total.cpu())
     loss, kl, _ = (total / (data.loss_bits > 0).sum()).tolist()
     return {"loss": loss, "kl": kl}
 
@@ -743,19 +726,18 @@ def exact_match(model: Llama, data: TokenBatch, name: str) -> float:
     So greedy generation gives the answer. The converse fails if it uses other tokens for the text.
     """
     document = cast(Tensor, data.document)
-    wrong = torch.zeros(int(document.max()) + 1, dtype=torch.int64)
+    wrong = torch.zeros(int(document.max()) + 1, dtype=torch.int64, device=compute_device())
+
+    def count_wrong(hidden_ND, head_VD, target_N, document_N):
+        wrong_N = F.linear(hidden_ND, head_VD).argmax(-1) != target_N
+        return torch.zeros_like(wrong).index_add(0, document_N, wrong_N.long())
+
     for micro in eval_batches(data, name):
-        at = micro.loss_bits & ANSWER > 0
-        target = micro.tokens.roll(-1, dims=1)[at]
-
-        def missed(hidden, head, at=at, target=target):
-            size = chunk_size(head)
-            pairs = zip(hidden[at].split(size), target.split(size), strict=True)
-            return torch.cat([F.linear(h, head).argmax(-1) != t for h, t in pairs])
-
-        missed_N = model(micro.tokens, micro.document, missed).cpu().long()
-        wrong.index_add_(0, cast(Tensor, micro.document)[at].cpu(), missed_N)
-    dist.all_reduce(wrong)
+        at, _ = micro.predictions(ANSWER)
+        document_N = cast(Tensor, micro.document)[micro.loss_bits & ANSWER > 0].to(at.device)
+        target_N = micro.tokens.flatten()[at + 1]
+        wrong += model(*micro.inputs(), in_chunks(count_wrong, at, target_N, document_N))
+    dist.all_reduce(wrong := wrong.cpu())
     return (wrong == 0).double().mean().item()
 
 
@@ -767,11 +749,24 @@ def evaluate_model(
     scores = held_out_loss(model, teacher, data["text"], name) if "text" in data else {}
     tasks = {task: exact_match(model, rows, f"{name}, {task}")
              for task, rows in data.items() if task not in ("train", "text")}
-    reshard(model)
+    model.reshard()  # type: ignore[operator]  # subtle: without gradients the root stays gathered
     return scores | tasks | ({"mean": sum(tasks.values()) / len(tasks)} if tasks else {})
 
 
 # ---- 8 the run -----------------------------------------------------------------------------------
+
+
+def lock(out: Path) -> None:
+    """Hold OUT until this process ends, however it ends; ValueError if another one holds it."""
+    try:
+        import fcntl
+
+        # Never closed: POSIX locks are the process's, also on network disks, and go with it.
+        fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another process trains there; choose another --out") from None
+    except (ImportError, OSError) as error:  # Windows; network disks that have no locks
+        print_rank_0(f"warning: {out} cannot be locked ({error}): start no second run there")
 
 
 def learning_rates(args: Namespace, stage: str, width: int, steps: int) -> tuple[float, float]:
@@ -837,13 +832,18 @@ def read_data(args: Namespace, source: Checkpoint) -> dict[str, TokenBatch]:
     return data | {"train": rows}
 
 
+# What a run goes on with wherever it is now: tokens are in data.pt, models compared by content.
+STAGED = {"model", "text", "eval_text", "tasks", "start", "teacher"}
+FREE = {"method", "joint", "masks", "converts_teacher", "how", "out", "save_every",
+        "checkpoint_activations", "cpu_offload", "compile"}
+
+
 def fixed_arguments(args: Namespace) -> dict[str, Any]:
-    """All that must not change from one session of a run to the next."""
+    """All that must not change from one session of a run to the next; of `STAGED`, whether they
+    are given."""
     fixed = vars(args) | dataclasses.asdict(args.method)
-    for free in ("method", "joint", "masks", "converts_teacher", "how", "out", "save_every",
-                 "checkpoint_activations", "cpu_offload", "compile"):
-        del fixed[free]
-    return fixed
+    return {name: bool(value) if name in STAGED else value for name, value in fixed.items()
+            if name not in FREE}
 
 
 def earlier_report(args: Namespace) -> dict[str, Any]:
@@ -859,9 +859,9 @@ def earlier_report(args: Namespace) -> dict[str, Any]:
             if before.get(name) != value:
                 raise ValueError(f"{out}: holds a run with --{name.replace('_', '-')} "
                                  f"{before.get(name)}, not {value}; choose another --out")
+        lock(out)
         return report
-    if out.exists() and any(
-            file.name != "data.pt" and file.suffix != ".partial" for file in out.iterdir()):
+    if out.exists() and any(out.iterdir()) and not (out / "lock").exists():
         raise ValueError(f"{out}: exists and is not a run of this program; choose another --out")
     return {}
 
@@ -875,21 +875,24 @@ def save_report(out: Path, report: Mapping[str, Any]) -> None:
 def begin_run(args: Namespace, source: Checkpoint, new_config: LlamaConfig) -> dict[str, Any]:
     """Make OUT with the first report.json and, until the result is there, data.pt: the tokens that
     the run goes on with, whatever happens to the text. What is wrong is raised before."""
-    # A start says itself how it was made.
-    made = mha2gqa.read_json(Path(args.start) / "mha2gqa.json") if args.start else {}
     out, config, data = args.out, source.config, read_data(args, source)
     train, calibration = data["train"], calibration_batch(args, data["train"])
     schedule, seq_len = make_schedule(args, "distill", config, train), train.tokens.shape[1]
     report = mha2gqa.report_header(
         args.model, config, source.weights, new_config.num_key_value_heads, args.method)
     report |= {
-        "arguments": fixed_arguments(args), "scores": {}, "layers": [],
-        "tokens": {"calibration": made.get("tokens", {}).get(
-                       "calibration", calibration.tokens.numel()),
-                   "training": schedule.steps * schedule.batch_size * seq_len, "seq_len": seq_len,
+        "arguments": fixed_arguments(args), "config": dataclasses.asdict(config) | {"raw": {}},
+        "scores": {}, "layers": [],
+        "tokens": {"calibration": calibration.tokens.numel(), "seq_len": seq_len,
+                   "training": schedule.steps * schedule.batch_size * seq_len,
                    "held_out": data["text"].tokens.numel() if args.text else 0}}
-    report |= {name: made[name] for name in ("method", "layers") if name in made}
+    if args.start:  # it says itself how it was made
+        made = mha2gqa.read_json(Path(args.start) / "mha2gqa.json")
+        report["tokens"]["calibration"] = made["tokens"]["calibration"]
+        report |= {name: made[name] for name in ("method", "layers")}
+    mha2gqa.companion_files(source.path)
     out.mkdir(parents=True, exist_ok=True)
+    lock(out)
     torch.save({name: vars(rows) for name, rows in data.items()}, out / "data.partial")
     mha2gqa.rename_when_on_disk(out / "data.partial", out / "data.pt")
     save_report(out, report)
@@ -897,9 +900,11 @@ def begin_run(args: Namespace, source: Checkpoint, new_config: LlamaConfig) -> d
 
 
 def result_config(
-    args: Namespace, source: Checkpoint, teacher: Checkpoint | None, start: Checkpoint | None
+    args: Namespace, source: Checkpoint, teacher: Checkpoint | None, start: Checkpoint | None,
+    report: Mapping[str, Any]
 ) -> LlamaConfig:
-    """The source's config with fewer KV heads; ValueError if teacher or start do not fit it.
+    """The source's config with fewer KV heads; ValueError if teacher or start do not fit it, or if
+    it is not the one that the run began with.
 
     A teacher's vocabulary must be the source's; and all that shapes the model, if it is the one to
     be converted. A start must be the source with fewer KV heads, made of it: it has its embedding.
@@ -909,11 +914,13 @@ def result_config(
     fields = {field.name for field in dataclasses.fields(new_config) if field.compare}
     shape = fields - {"max_position_embeddings", "bos_token_id", "eos_token_id"}
     of_teacher = shape if args.converts_teacher else {"vocab_size"}
-    for model, expected, names in (teacher, source.config, of_teacher), (start, new_config, fields):
+    began = LlamaConfig(**report["config"]) if report else source.config
+    for model, expected, names in (source, began, fields), (
+            teacher, source.config, of_teacher), (start, new_config, fields):
         for name in sorted(names):
             if model and getattr(model.config, name) != getattr(expected, name):
-                raise ValueError(f"{model.path}: its {name} is {getattr(model.config, name)}, "
-                                 f"expected {getattr(expected, name)}, to fit --model")
+                raise ValueError(f"{model.path}: its {name} is {getattr(model.config, name)}, expe"
+                                 f"cted {getattr(expected, name)}, to fit --model or the run")
     name = "model.embed_tokens.weight"
     if start and not torch.equal(start.weights[name].float(), source.weights[name].float()):
         raise ValueError(f"{start.path}: its {name} is not {args.model}'s: made of another model?")
@@ -947,16 +954,14 @@ class Run:
         self.args, self.source = args, Checkpoint.open(args.model)
         self.given_teacher, self.start = (
             Checkpoint.open(model) if model else None for model in (args.teacher, args.start))
-        self.new_config = from_rank_0(lambda: result_config(
-            args, self.source, self.given_teacher, self.start))
+        self.new_config = result_config(args, self.source, self.given_teacher, self.start, report)
         self.report = report or from_rank_0(lambda: begin_run(args, self.source, self.new_config))
         self.data = {name: TokenBatch(**fields) for name, fields in torch.load(
             args.out / "data.pt", weights_only=True, mmap=True).items()}
-        self.schedule = from_rank_0(lambda: make_schedule(
-            args, "distill", self.source.config, self.data["train"]))
-        steps, size, lr = self.schedule.steps, self.schedule.batch_size, self.schedule.lr
+        self.schedule = make_schedule(args, "distill", self.source.config, self.data["train"])
+        _, steps, size, lr, *_ = self.schedule
         print_rank_0(f"{steps} steps of {size} rows of {self.data['train'].tokens.shape[1]} tokens"
-                     + (", with masks" if args.masks else "") + f", learning rate {lr:.1e}")
+                     f"{', with masks' * args.masks}, learning rate {lr:.1e}")
 
     def stages(self) -> dict[str, Any]:
         """The stages in their order; the result is OUT/gqa. Returns the report."""
@@ -1142,12 +1147,11 @@ def task_rows(folder: Path, source: Checkpoint, seq_len: int, seed: int) -> dict
     if not found:
         raise ValueError(f"{folder}: holds none of the folders {', '.join(TASKS)}")
     train, dev = list[Example](), {}
-    for task, is_dev in itertools.product(found, (False, True)):
-        examples = encode_examples(read_task(folder, task, is_dev), encode, end, seq_len)
-        full = sum(len(ids) == seq_len for ids, _ in examples)
-        print_rank_0(f"{task} {'dev' if is_dev else 'train'}: {len(examples):,} examples, {full} "
-                     f"of them cut to {seq_len} tokens")
-        if is_dev:
+    for task, part in itertools.product(found, ("train", "dev")):
+        examples = encode_examples(read_task(folder, task, part == "dev"), encode, end, seq_len)
+        cut = sum(len(ids) == seq_len for ids, _ in examples)
+        print_rank_0(f"{task} {part}: {len(examples):,} examples, {cut} cut to {seq_len} tokens")
+        if part == "dev":
             dev[task] = pack_examples(examples, seq_len, seed)
         else:
             train += examples
@@ -1231,9 +1235,8 @@ def add_options(parser: ArgumentParser) -> None:
 def parse_arguments(argv: Sequence[str]) -> Namespace:
     """The command line's arguments, checked, and what follows from them: `method`, `how`
     to shard models, whether there are `masks`, and whether the run `converts_teacher`."""
-    parser = ArgumentParser(
-        prog="train-gqa", description=__doc__.split("\n")[0],
-        epilog=f"Without arguments: the demo, which makes and converts a small model in {DEMO}.")
+    parser = ArgumentParser("train-gqa", description=__doc__.split("\n")[0], epilog=(
+        f"Without arguments: the demo, which makes and converts a small model in {DEMO}."))
     add_options(parser)
     mha2gqa.add_method_arguments(parser)
     args = parser.parse_args(argv, Namespace(joint=False))  # the training itself is joint
@@ -1277,16 +1280,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         status, line = 130, "interrupted: the same command continues"
-    except (ValueError, OSError, FloatingPointError) as error:
-        status, line = 2, f"error: {error_line(error)}"
-    except (MemoryError, RuntimeError, dcp.CheckpointException) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError,
+            dcp.CheckpointException) as error:
         status, line = 2, f"error: {error_line(error)}"
         if is_out_of_memory(error):
             line += ("; more processes, --train attention, --checkpoint-activations or a shorter "
                      "--seq-len take less")
         elif "inline_container" in line or isinstance(error, dcp.CheckpointException):
             line += f" while a checkpoint or data.pt was written in {args.out}: is the disk full?"
-        else:
+        elif isinstance(error, RuntimeError):
             raise
     if os.environ.get("LOCAL_RANK", "0") == "0" or "take less" in line:  # others say the same
         print(line, file=sys.stderr)
