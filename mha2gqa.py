@@ -185,9 +185,9 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V); or whatever `readout(hidden_BTD, head_VD)` makes of the hidden states.
 
-        `document_BT` numbers the documents of packed rows, each a run of tokens: attention and
-        positions then never cross from one into the next; or what `document_positions` makes of
-        that. None: each row is one document.
+        `document_BT`, a tensor that numbers the documents of packed rows, each a run of tokens, or
+        `document_positions` of it: attention and positions then never cross from one into the next.
+        None: each row is one document.
         `readout` is for losses that must not hold all logits at once. It runs within the forward
         because FSDP gathers the head's weight only there.
         """
@@ -280,8 +280,8 @@ def causal_attention(
         return attend(q_BHTE, k_BKTE, v_BKTE)
     # All rows end to end: N = B·T.
     qkv = [x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BKTE, v_BKTE)]
-    varlen = q_BHTE.is_cuda and half and q_BHTE.shape[-1] % 8 == 0
-    if varlen and torch.__version__ >= "2.12":  # no string; before, its arguments had other names
+    if q_BHTE.is_cuda and half and q_BHTE.shape[-1] % 8 == 0 and torch.__version__ >= "2.12":
+        # subtle: no string is compared here. Before 2.12 the arguments had other names.
         from torch.nn.attention.varlen import varlen_attn
 
         longest = q_BHTE.shape[2]
@@ -357,7 +357,7 @@ def _inverse_frequencies(config: LlamaConfig, device=None) -> Tensor:
 def document_positions(document_BT: Tensor, device) -> tuple[Tensor, Tensor]:
     """(The position (B, T) of each token in its document, the `ends` of `causal_attention`).
 
-    Computed where the documents are: in the host's memory, no GPU has to be waited for.
+    If `document_BT` is in the host's memory, this does not wait for the GPU.
     """
     begins_BT = F.pad(document_BT.diff() != 0, (1, 0), value=True)
     time_T = torch.arange(begins_BT.shape[1], device=begins_BT.device)
@@ -421,8 +421,8 @@ def block_statistics(
 
     weights: the block's, named as in `Block`. metric: "cos" first scales every key and value vector
     to length 1 (eq. 7, 8), "dist" does not. Gram products, of some 4,096 tokens at a time, are made
-    in float32 at least, and summed up in float64. Of few tokens, which may leave directions unseen,
-    they are made in float64: rounding in float32 would look like energy there.
+    in float32 at least, and summed up in float64. Of at most 65,536 tokens, which may leave
+    directions unseen, they are made in float64: rounding in float32 would look like energy there.
     """
     sums: dict[str, Tensor] = {}
 
@@ -644,8 +644,8 @@ def _rotate_head(gram: Tensor, maps: Tensor, i: int) -> Tensor:
     return rotated
 
 
-# Energies, in float64: added, so that heads of zeros do not divide 0 by 0; the least of what will
-# be inverted.
+# Of energies in float64. TINY is added, so that heads of zeros do not divide 0 by 0. FLOOR is the
+# least energy of what will be inverted.
 _TINY, _FLOOR = 1e-100, 1e-30
 
 
@@ -830,8 +830,7 @@ def anneal_groups(
     s = torch.as_tensor(s_KK, dtype=torch.float64, device="cpu").numpy().copy()
     k = len(s)
     if s.shape != (k, k) or not np.isfinite(s).all():
-        found = "values that are not finite" if s.shape == (k, k) else f"shape {s.shape}"
-        raise ValueError(f"expected a square matrix of finite similarities, found {found}")
+        raise ValueError(f"expected a square matrix of finite similarities, found {s.tolist()}")
     if n_groups < 1 or k % n_groups:
         raise ValueError(f"{k} heads cannot be split into {n_groups} equal groups")
     s = (s + s.T) / 2
@@ -1166,8 +1165,8 @@ def _align_groups(
     value_GMMEE, key_GPMM = statistics.value_KKEE[i, j], statistics.key_PKK[:, i, j].movedim(0, 1)
     keys = key_inverses = torch.ones_like(key_GPMM[..., 0]).mT  # (G, M, P): as they are
     values = torch.eye(value_GMMEE.shape[-1]).to(value_GMMEE).expand(*g_GM.shape, -1, -1)
-    # As if heads had been seen to be equal, with this little energy, in all planes and directions:
-    # of those that the text does not show, maps would be arbitrary.
+    # As if heads had been seen to be equal in all planes and directions, with this little energy
+    # (less would drown in rounding): maps that the text does not determine would be arbitrary.
     key_GPMM = key_GPMM + (1e-9 * key_GPMM.abs().max() + _FLOOR)
     value_GMMEE = value_GMMEE + (1e-9 * value_GMMEE.abs().max() + _FLOOR) * values[:, :, None]
     if method.align == "linear" and statistics.free_plane_P is None:
@@ -1281,11 +1280,11 @@ def joint_refit(
     device, empty = target_BTD.device, _empty_block(gqa_config(config, kv_heads))
     frozen = {name: w for name, w in weights.items() if ".mlp." in name}
     needed = sum(w.nbytes for w in frozen.values()) + 24 * sum(w.numel() for w in start.values())
+    readout, tokens_BT = _readout(config, weights, target_BTD), tokens_BT.to(device)
+    table_VD = weights["model.embed_tokens.weight"].to(device)
     torch.cuda.empty_cache()  # what the walk no longer uses is free
     if device.type != "cuda" or needed < torch.cuda.mem_get_info(device)[0]:
         frozen = {name: w.to(device) for name, w in frozen.items()}  # or else in each step
-    readout, tokens_BT = _readout(config, weights, target_BTD), tokens_BT.to(device)
-    table_VD = weights["model.embed_tokens.weight"].to(device)
     recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
     def run(i, trained, rope_and_ends, x_BTD):
@@ -1299,7 +1298,8 @@ def joint_refit(
         rows = rows.to(device, non_blocking=True)
         x_BTD = F.embedding(tokens_BT[rows], table_VD).float()
         rope_and_ends = _rope_and_ends(config, x_BTD)
-        for i in range(config.num_hidden_layers):  # subtle: it would walk through all arguments
+        for i in range(config.num_hidden_layers):
+            # `checkpoint` walks through its arguments at each call: `trained` is none of them.
             x_BTD = recomputed(functools.partial(run, i, trained, rope_and_ends), x_BTD)
         chunks = (y_BTD.flatten(0, 1).split(256) for y_BTD in (x_BTD, target_BTD[rows]))
         return sum(recomputed(sum_of_kl, *chunk)
@@ -1338,10 +1338,14 @@ def with_resampled_rows(
     readout = _readout(config, weights, x_BTD)
     generator = torch.Generator().manual_seed(method.seed)  # the same numbers on all devices
     found_CBT = copied_BT.repeat(copies, 1, 1)
-    for b, x_TD in enumerate(x_BTD):  # a token where the distribution passes a uniform number
-        cdf_TV = readout(x_TD[:-1]).softmax(-1).cumsum(-1)  # up to 1, but for rounding
-        u_TC = torch.rand(len(cdf_TV), copies, generator=generator).to(x_TD) * cdf_TV[:, -1:]
-        drawn_CT = torch.searchsorted(cdf_TV[:, :-1].contiguous(), u_TC, right=True).mT.cpu()
+
+    def draw(x_ND):  # the tokens where the distribution function passes uniform numbers
+        cdf_NV = readout(x_ND).softmax(-1).cumsum(-1)  # up to 1, but for rounding
+        u_NC = torch.rand(len(x_ND), copies, generator=generator).to(x_ND) * cdf_NV[:, -1:]
+        return torch.searchsorted(cdf_NV, u_NC, right=True).clamp(max=cdf_NV.shape[1] - 1)
+
+    for b, x_TD in enumerate(x_BTD):
+        drawn_CT = torch.cat([draw(x_ND) for x_ND in x_TD[:-1].split(256)]).mT.cpu()
         replace_CT = torch.rand(drawn_CT.shape, generator=generator) < 0.5
         found_CBT[:, b, 1:][replace_CT] = drawn_CT[replace_CT]
     return torch.cat([tokens_BT, found_CBT.flatten(0, 1)])
@@ -1591,8 +1595,7 @@ def convert(
                 config, weights, blocks, rows, x_BTD, kv_heads, method.seed)
         report |= _write_and_score(
             writer.write, config, new_config, weights, blocks, held_out, place)
-        report |= {"seconds": time.perf_counter() - start,
-                   "peak_memory_bytes": _peak_memory(place)}
+        report |= {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak_memory(place)}
         write_report(writer.folder, report, folder)
     return report
 
@@ -1626,7 +1629,9 @@ def _write_and_score(
 
 
 @torch.no_grad()
-def evaluate(model: PathLike, corpus: "Corpus", seed=0, device="auto") -> dict[str, Any]:
+def evaluate(
+    model: PathLike, corpus: "Corpus", seed: int = 0, device: str = "auto"
+) -> dict[str, Any]:
     """{"loss", in nats/token, "held_out_tokens"} of a model, with the same protocol as `convert`.
 
     With the same corpus and seed the held-out rows are the same. Raises ValueError for bad input.
@@ -1723,7 +1728,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> None
             raw.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention that is not causal (is_causal)": not raw.get("is_causal", True),
         "partial rotary embedding": partial != 1,
-        f"sliding window (sliding_window {window}; null if there is none)": window is not None,
+        f"sliding window of {window} (by default 4096; null is none)": window is not None,
         f"layer_types {sorted(layer_types)}": layer_types - {"full_attention"},
         f"rope type {rope['rope_type']!r} (supported: {', '.join(_ROPE_FIELDS)})":
             rope["rope_type"] not in _ROPE_FIELDS,
@@ -1881,6 +1886,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        file.open("rb").close()  # safetensors says of all that it cannot open, that it is not there
         if file.suffix == ".safetensors":
             return load_file(file)
         mapped = zipfile.is_zipfile(file)  # older files, which are no archives, are read whole
@@ -2074,8 +2080,8 @@ def text_rows(
             return held_out[:0], held_out
     calibration = rows(corpus.files, corpus.tokens, 1 if corpus.eval_files else 2)
     if len(calibration) < corpus.tokens // seq_len:
-        found = f"the text has {calibration.numel():,} tokens in whole rows of {seq_len}"
-        warnings.warn(f"{found}, not the {corpus.tokens:,} asked for: using those", stacklevel=2)
+        warnings.warn(f"the text has {calibration.numel():,} tokens in whole rows of {seq_len}, "
+                      f"not the {corpus.tokens:,} asked for: using those", stacklevel=2)
     if not corpus.eval_files:
         n = max(1, min(len(calibration) // 10, 65_536 // seq_len))
         held_out, calibration = calibration[:n], calibration[n:]
@@ -2121,7 +2127,7 @@ class _Documents(Sequence[str]):
                         shutil.copyfileobj(packed, unpacked)
                 self._find(n, path)
             except (OSError, EOFError, UnicodeError, zlib.error) as error:
-                if getattr(error, "errno", None) == errno.ENOSPC:  # no fault of the text
+                if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
                     raise OSError(f"{self.folder.name}: {error}, to unpack {path}") from None
                 raise ValueError(f"{path}: cannot be read ({error})") from None
             if len(self) == n_before:
@@ -2244,9 +2250,8 @@ _log = logging.getLogger("mha2gqa")
 
 def kv_cache_bytes(config: LlamaConfig, weights: Weights) -> int:
     """Bytes of KV cache for each token of context, in the weights' dtype."""
-    itemsize = weights[block_prefix(0) + "self_attn.k_proj.weight"].element_size()
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    return 2 * heads * config.head_dim * itemsize
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * weights[block_prefix(0) + "self_attn.k_proj.weight"].element_size()
 
 
 def report_header(
@@ -2415,9 +2420,8 @@ def plot(folders: Sequence[PathLike], file: PathLike) -> None:
                      xticklabels=order, yticks=range(len(order)), yticklabels=order)
             figure.colorbar(axis.imshow(s_KK, vmin=low, vmax=high), label="similarity, kept share")
         axes[-1].plot([x.get("hidden_state_error", math.nan) for x in layers], label="the result")
-        for when in ("before", "after"):
-            if "refit" in layers[0]:
-                axes[-1].plot([x["refit"][when] for x in layers], ".:", label=f"{when} its refit")
+        for when in ("before", "after") if "refit" in layers[0] else ():
+            axes[-1].plot([x["refit"][when] for x in layers], ".:", label=f"{when} its refit")
         axes[-1].set(xlabel="block", ylabel="error of its hidden states")
         axes[-1].legend()
     figure.savefig(file, dpi=150)

@@ -32,6 +32,7 @@ Shape suffixes as in mha2gqa.py; here R is packed rows.
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import gc
 import io
@@ -138,8 +139,8 @@ class TokenBatch:
         return TokenBatch(*(cast(Any, x) if x is None else x[rows] for x in vars(self).values()))
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """With the tokens on the device. The rest stays: what is computed of it in the host's
-        memory, no GPU has to be waited for."""
+        """With the tokens on the device. The rest stays in the host's memory: what is computed of
+        it there does not wait for the GPU."""
         return dataclasses.replace(self, tokens=self.tokens.to(device, non_blocking=True).long())
 
     def inputs(self) -> tuple:
@@ -222,7 +223,7 @@ MICRO_TOKENS = 8192
 
 
 def micro_batches(batch: TokenBatch) -> Iterator[TokenBatch]:
-    """This rank's rows of a batch, a few at a time, on its device.
+    """This rank's rows of a batch, a few at a time, see `TokenBatch.to`.
 
     All ranks get the same number of batches if their number divides the rows.
     """
@@ -246,7 +247,13 @@ class Checkpoint:
     def open(cls, model: str | Path) -> "Checkpoint":
         """Of a directory, or of a name on the hub, on all ranks."""
         path = from_rank_0(lambda: mha2gqa.model_folder(model))
+        from_rank_0(lambda: mha2gqa.load_checkpoint(path) and None)  # all raise what is wrong
         return cls(path, *mha2gqa.load_checkpoint(path))
+
+    def identity(self) -> str:
+        """What tells one model from another: the config, a few weights."""
+        some = self.weights["model.layers.0.self_attn.q_proj.weight"][0, :8]
+        return f"{self.config}, {some.tolist()}"
 
     def blocks(self) -> Iterator[dict[str, Tensor]]:
         """The weights of one block after the other."""
@@ -354,7 +361,7 @@ def load_sharded(model: Llama, parts: Iterable[Weights]) -> Llama:
     for parameters, weights in zip(
             sharded, parts if is_rank_0() else itertools.repeat({}), strict=False):
         for name, p in parameters.items():
-            full = weights[name] if is_rank_0() else torch.empty(p.shape, device=p.device)
+            full = weights[name] if is_rank_0() else torch.empty_like(p, device=compute_device())
             p, full = cast(DTensor, p), full.to(p.device, p.dtype)
             p.to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements).to_local())
     return model
@@ -560,34 +567,36 @@ def train(
     metrics = folder.parent / "metrics.jsonl"
     if is_rank_0() and metrics.exists():  # a kill may have left half a line
         os.truncate(metrics, metrics.read_bytes().rfind(b"\n") + 1)
-    with stop_signal() as stopped:
-        for step in progress(range(first, steps), schedule.stage, steps, initial=first):
-            start = time.perf_counter()
-            drawn = masks.draw(step) if masks else {}
-            batch = batch_of_step(data, step, schedule.batch_size, schedule.seed)
-            losses = backward(model, batch, objective)
-            norm = gathered(nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
-            if not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"{schedule.stage}, step {step}: the loss is {losses.sum().item()}, its "
-                    f"gradient's norm {norm}; a new --out with a lower --lr may do")
-            lr = optimizer.param_groups[0]["lr"] = schedule.lr * mha2gqa.lr_factor(step, steps)
-            optimizer.step()
-            optimizer.zero_grad()
-            if masks:
-                masks.step()
-            parts = dict(zip(objective.parts, losses.tolist(), strict=True))
-            speed = batch.tokens.numel() / (time.perf_counter() - start)
-            record = {"stage": schedule.stage, "step": step, **drawn, "loss": losses.sum().item(),
-                      **parts, "lr": lr, "gradient_norm": norm, "tokens_per_second": speed}
-            if is_rank_0():
-                with open(metrics, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            stop, done = stopped(), step + 1
-            if stop or done < steps and done % schedule.save_every == 0:
-                save_step(folder, done, model, optimizer, masks)
-            if stop:
-                raise KeyboardInterrupt
+    told_to_stop = torch.zeros(1)
+    before = signal.signal(signal.SIGTERM, lambda *_: told_to_stop.fill_(1))
+    for step in progress(range(first, steps), schedule.stage, steps, initial=first):
+        start = time.perf_counter()
+        drawn = masks.draw(step) if masks else {}
+        batch = batch_of_step(data, step, schedule.batch_size, schedule.seed)
+        losses = backward(model, batch, objective)
+        norm = gathered(nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"{schedule.stage}, step {step}: the loss is {losses.sum().item()}, its "
+                f"gradient's norm {norm}; a new --out with a lower --lr may do")
+        lr = optimizer.param_groups[0]["lr"] = schedule.lr * mha2gqa.lr_factor(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        if masks:
+            masks.step()
+        parts = dict(zip(objective.parts, losses.tolist(), strict=True))
+        speed = batch.tokens.numel() / (time.perf_counter() - start)
+        record = {"stage": schedule.stage, "step": step, **drawn, "loss": losses.sum().item(),
+                  **parts, "lr": lr, "gradient_norm": norm, "tokens_per_second": speed}
+        if is_rank_0():
+            with open(metrics, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        stop, done = on_any_rank(told_to_stop), step + 1
+        if stop or done < steps and done % schedule.save_every == 0:
+            save_step(folder, done, model, optimizer, masks)
+        if stop:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, before)
 
 
 def backward(model: Llama, batch: TokenBatch, objective: Objective) -> Tensor:
@@ -599,26 +608,15 @@ def backward(model: Llama, batch: TokenBatch, objective: Objective) -> Tensor:
         losses = model(*micro.inputs(), objective.losses_of(micro)) / count
         (losses.sum() * dist.get_world_size()).backward()  # FSDP averages over ranks
         total += losses.detach()
-    total = total.cpu()
     dist.all_reduce(total)
-    return total
+    return total.cpu()
 
 
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM in the with block; yields a function that tells whether any rank got one."""
-    seen = torch.zeros(1)
-    before = signal.signal(signal.SIGTERM, lambda *_: seen.fill_(1))
-
-    def stopped():
-        anywhere = seen.clone()
-        dist.all_reduce(anywhere)
-        return bool(anywhere)
-
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def on_any_rank(flag: Tensor) -> bool:
+    """Whether the flag (1,) is set on any rank."""
+    flag = flag.clone()
+    dist.all_reduce(flag)
+    return bool(flag)
 
 
 def training_state(model, optimizer) -> dict[str, Any]:
@@ -713,7 +711,7 @@ def held_out_loss(model: Llama, teacher: Llama, data: TokenBatch, name: str) -> 
         readouts = [objective.losses_of(micro) for objective in objectives]
         total += model(*micro.inputs(), lambda hidden, head, readouts=readouts:
                        torch.cat([readout(hidden, head) for readout in readouts]))
-    dist.all_reduce(total := total.cpu())
+    dist.all_reduce(total)
     loss, kl, _ = (total / (data.loss_bits > 0).sum()).tolist()
     return {"loss": loss, "kl": kl}
 
@@ -734,10 +732,11 @@ def exact_match(model: Llama, data: TokenBatch, name: str) -> float:
 
     for micro in eval_batches(data, name):
         at, _ = micro.predictions(ANSWER)
-        document_N = cast(Tensor, micro.document)[micro.loss_bits & ANSWER > 0].to(at.device)
+        document_N = cast(Tensor, micro.document)[micro.loss_bits & ANSWER > 0]
+        document_N = document_N.to(at.device, non_blocking=True)
         target_N = micro.tokens.flatten()[at + 1]
         wrong += model(*micro.inputs(), in_chunks(count_wrong, at, target_N, document_N))
-    dist.all_reduce(wrong := wrong.cpu())
+    dist.all_reduce(wrong)
     return (wrong == 0).double().mean().item()
 
 
@@ -762,31 +761,24 @@ def lock(out: Path) -> None:
         import fcntl
 
         # Never closed: POSIX locks are the process's, also on network disks, and go with it.
-        fcntl.lockf(os.open(out / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{out}: another process trains there; choose another --out") from None
+        file = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:  # Windows; network disks that have no locks
+        if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
+            raise ValueError(f"{out}: another process trains there; choose another --out, or if "
+                             "none does remove its file lock") from None
         print_rank_0(f"warning: {out} cannot be locked ({error}): start no second run there")
 
 
-def learning_rates(args: Namespace, stage: str, width: int, steps: int) -> tuple[float, float]:
-    """Learning rates of model and masks for a stage of so many steps.
+def make_schedule(args: Namespace, stage: str, config: LlamaConfig, data: TokenBatch) -> Schedule:
+    """The schedule of stage "distill" or "fine-tune"; ValueError if ranks cannot share a step.
 
-    The paper's, 1e-5 and 1e-2, are for a model of width D = 4,096 and some 10,000 steps. Narrower
-    ones and shorter runs need more:
+    The paper's learning rates, 1e-5 and 1e-2 for masks, are for a model of width D = 4,096 and some
+    10,000 steps. Narrower ones and shorter runs need more:
         model  1e-5 · 4096/D · √(10⁴/steps), 3e-3 at most; of a refitted student, which starts near
                its teacher, an eighth in the distillation, 1e-5 at least;
         masks  1e-2 · 10⁴/steps, so that a mask can move as far.
     """
-    shortness = max(1.0, 10_000 / steps)
-    lr = min(3e-3, 1e-5 * max(1.0, 4096 / width) * shortness**0.5)
-    if (args.method.refit or args.start) and stage == "distill":
-        lr = max(1e-5, lr / 8)
-    return args.lr or lr, args.mask_lr or 1e-2 * shortness
-
-
-def make_schedule(args: Namespace, stage: str, config: LlamaConfig, data: TokenBatch) -> Schedule:
-    """The schedule of stage "distill" or "fine-tune"; ValueError if ranks cannot share a step."""
     seq_len, n = data.tokens.shape[1], dist.get_world_size()
     size = max(1, args.batch_tokens // seq_len)
     if size % n:
@@ -794,8 +786,12 @@ def make_schedule(args: Namespace, stage: str, config: LlamaConfig, data: TokenB
                          f"choose a multiple of {seq_len * n}")
     epochs, steps = (args.epochs, args.steps) if stage == "distill" else (args.sft_epochs, None)
     steps = steps or math.ceil(epochs * len(data) / size)
-    rates = learning_rates(args, stage, config.hidden_size, steps)
-    return Schedule(stage, steps, size, *rates, args.method.seed, args.save_every)
+    shortness = max(1.0, 10_000 / steps)
+    lr = min(3e-3, 1e-5 * max(1.0, 4096 / config.hidden_size) * shortness**0.5)
+    if (args.method.refit or args.start) and stage == "distill":
+        lr = max(1e-5, lr / 8)
+    return Schedule(stage, steps, size, args.lr or lr, args.mask_lr or 1e-2 * shortness,
+                    args.method.seed, args.save_every)
 
 
 def calibration_batch(args: Namespace, data: TokenBatch) -> TokenBatch:
@@ -832,26 +828,27 @@ def read_data(args: Namespace, source: Checkpoint) -> dict[str, TokenBatch]:
     return data | {"train": rows}
 
 
-# What a run goes on with wherever it is now: tokens are in data.pt, models compared by content.
+# Files, which may be elsewhere by now: the tokens are in data.pt, the source has its `identity`.
 STAGED = {"model", "text", "eval_text", "tasks", "start", "teacher"}
 FREE = {"method", "joint", "masks", "converts_teacher", "how", "out", "save_every",
         "checkpoint_activations", "cpu_offload", "compile"}
 
 
 def fixed_arguments(args: Namespace) -> dict[str, Any]:
-    """All that must not change from one session of a run to the next; of `STAGED`, whether they
-    are given."""
-    fixed = vars(args) | dataclasses.asdict(args.method)
-    return {name: bool(value) if name in STAGED else value for name, value in fixed.items()
-            if name not in FREE}
+    """All that must not change from one session of a run to the next: of `STAGED`, whether they
+    are given ("...") or not (None)."""
+    fixed = (vars(args) | dataclasses.asdict(args.method)).items()
+    return {n: "..." if n in STAGED and x else x or None for n, x in fixed if n not in FREE}
 
 
 def earlier_report(args: Namespace) -> dict[str, Any]:
-    """OUT/report.json of an earlier session; {} if there is none.
+    """OUT/report.json of an earlier session; {} if there is none. Locks OUT, if that is a run.
 
     Raises ValueError if that was a run with other arguments, or if OUT holds something else.
     """
     out = args.out
+    if (out / "lock").exists():
+        lock(out)
     if (out / "report.json").exists():
         report = mha2gqa.read_json(out / "report.json")
         before = report.get("arguments", {})
@@ -859,7 +856,6 @@ def earlier_report(args: Namespace) -> dict[str, Any]:
             if before.get(name) != value:
                 raise ValueError(f"{out}: holds a run with --{name.replace('_', '-')} "
                                  f"{before.get(name)}, not {value}; choose another --out")
-        lock(out)
         return report
     if out.exists() and any(out.iterdir()) and not (out / "lock").exists():
         raise ValueError(f"{out}: exists and is not a run of this program; choose another --out")
@@ -881,18 +877,19 @@ def begin_run(args: Namespace, source: Checkpoint, new_config: LlamaConfig) -> d
     report = mha2gqa.report_header(
         args.model, config, source.weights, new_config.num_key_value_heads, args.method)
     report |= {
-        "arguments": fixed_arguments(args), "config": dataclasses.asdict(config) | {"raw": {}},
-        "scores": {}, "layers": [],
+        "arguments": fixed_arguments(args), "identity": source.identity(), "scores": {},
+        "layers": [],
         "tokens": {"calibration": calibration.tokens.numel(), "seq_len": seq_len,
                    "training": schedule.steps * schedule.batch_size * seq_len,
                    "held_out": data["text"].tokens.numel() if args.text else 0}}
     if args.start:  # it says itself how it was made
         made = mha2gqa.read_json(Path(args.start) / "mha2gqa.json")
-        report["tokens"]["calibration"] = made["tokens"]["calibration"]
-        report |= {name: made[name] for name in ("method", "layers")}
-    mha2gqa.companion_files(source.path)
+        report |= {name: made[name] for name in ("method", "layers") if name in made}
+        report["tokens"]["calibration"] = made.get("tokens", {}).get("calibration", 0)
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
+    if (out / "report.json").exists():
+        raise ValueError(f"{out}: another process has begun there; the same command continues")
     torch.save({name: vars(rows) for name, rows in data.items()}, out / "data.partial")
     mha2gqa.rename_when_on_disk(out / "data.partial", out / "data.pt")
     save_report(out, report)
@@ -904,23 +901,23 @@ def result_config(
     report: Mapping[str, Any]
 ) -> LlamaConfig:
     """The source's config with fewer KV heads; ValueError if teacher or start do not fit it, or if
-    it is not the one that the run began with.
+    the source is not the model that the run began with.
 
     A teacher's vocabulary must be the source's; and all that shapes the model, if it is the one to
     be converted. A start must be the source with fewer KV heads, made of it: it has its embedding.
     """
+    if report and report["identity"] != source.identity():
+        raise ValueError(f"{args.model}: not the model of the run in {args.out}; choose another")
     kv_heads = args.kv_heads or cast(Checkpoint, start).config.num_key_value_heads
     new_config = mha2gqa.gqa_config(source.config, kv_heads)
     fields = {field.name for field in dataclasses.fields(new_config) if field.compare}
     shape = fields - {"max_position_embeddings", "bos_token_id", "eos_token_id"}
     of_teacher = shape if args.converts_teacher else {"vocab_size"}
-    began = LlamaConfig(**report["config"]) if report else source.config
-    for model, expected, names in (source, began, fields), (
-            teacher, source.config, of_teacher), (start, new_config, fields):
+    for model, expected, names in (teacher, source.config, of_teacher), (start, new_config, fields):
         for name in sorted(names):
             if model and getattr(model.config, name) != getattr(expected, name):
-                raise ValueError(f"{model.path}: its {name} is {getattr(model.config, name)}, expe"
-                                 f"cted {getattr(expected, name)}, to fit --model or the run")
+                raise ValueError(f"{model.path}: its {name} is {getattr(model.config, name)}, "
+                                 f"expected {getattr(expected, name)}, to fit --model")
     name = "model.embed_tokens.weight"
     if start and not torch.equal(start.weights[name].float(), source.weights[name].float()):
         raise ValueError(f"{start.path}: its {name} is not {args.model}'s: made of another model?")
@@ -933,7 +930,7 @@ def student_blocks(
 ) -> Iterator[dict[str, Tensor]]:
     """The converted blocks; if `fading` the rotated blocks with the new KV heads beside the old.
 
-    rows: to calibrate with, on the device that computes. `layers` gets the blocks' reports.
+    rows: to calibrate with, see `TokenBatch.to`. `layers` gets the blocks' reports.
     """
     tokens_BT = mha2gqa.calibration_rows(rows.tokens)
     document_BT = None if rows.document is None else mha2gqa.calibration_rows(rows.document)
@@ -954,14 +951,16 @@ class Run:
         self.args, self.source = args, Checkpoint.open(args.model)
         self.given_teacher, self.start = (
             Checkpoint.open(model) if model else None for model in (args.teacher, args.start))
-        self.new_config = result_config(args, self.source, self.given_teacher, self.start, report)
+        from_rank_0(lambda: mha2gqa.companion_files(self.source.path))
+        self.new_config = from_rank_0(lambda: result_config(
+            args, self.source, self.given_teacher, self.start, report))
         self.report = report or from_rank_0(lambda: begin_run(args, self.source, self.new_config))
         self.data = {name: TokenBatch(**fields) for name, fields in torch.load(
             args.out / "data.pt", weights_only=True, mmap=True).items()}
-        self.schedule = make_schedule(args, "distill", self.source.config, self.data["train"])
-        _, steps, size, lr, *_ = self.schedule
-        print_rank_0(f"{steps} steps of {size} rows of {self.data['train'].tokens.shape[1]} tokens"
-                     f"{', with masks' * args.masks}, learning rate {lr:.1e}")
+        self.report["source"] = str(args.model)  # where it is now
+        self.schedule = plan = from_rank_0(lambda: make_schedule(
+            args, "distill", self.source.config, self.data["train"]))
+        print_rank_0(f"{plan.steps} steps of {plan.batch_size} rows, learning rate {plan.lr:.1e}")
 
     def stages(self) -> dict[str, Any]:
         """The stages in their order; the result is OUT/gqa. Returns the report."""
@@ -1039,6 +1038,8 @@ class Run:
 def run(args: Namespace) -> None:
     """The run that the arguments ask for, or just the table of one that is finished."""
     report = from_rank_0(lambda: earlier_report(args))
+    if report:
+        print_rank_0(f"{args.out}: the run of {report['source']} that began at {report['date']}")
     if "distilled" not in report.get("scores", ()):
         report = Run(args, report).stages()
     from_rank_0(lambda: (args.out / "data.pt").unlink(missing_ok=True))
@@ -1093,14 +1094,12 @@ def hellaswag(r) -> Parsed:
 
 # task: (parser, training file, dev file)
 TASKS = {
-    "boolq": (boolq, "train.jsonl", "val.jsonl"),
-    "piqa": (piqa, "train.jsonl", "valid.jsonl"),
+    "boolq": (boolq, "train.jsonl", "val.jsonl"), "piqa": (piqa, "train.jsonl", "valid.jsonl"),
     "hellaswag": (hellaswag, "hellaswag_train.jsonl", "hellaswag_val.jsonl"),
     "winogrande": (winogrande, "train_xl.jsonl", "dev.jsonl"),
     "arc-c": (science, "ARC-Challenge-Train.jsonl", "ARC-Challenge-Dev.jsonl"),
     "arc-e": (science, "ARC-Easy-Train.jsonl", "ARC-Easy-Dev.jsonl"),
-    "openbookqa": (science, "train.jsonl", "dev.jsonl"),
-    "siqa": (siqa, "train.jsonl", "dev.jsonl"),
+    "openbookqa": (science, "train.jsonl", "dev.jsonl"), "siqa": (siqa, "train.jsonl", "dev.jsonl"),
 }
 
 
@@ -1149,8 +1148,7 @@ def task_rows(folder: Path, source: Checkpoint, seq_len: int, seed: int) -> dict
     train, dev = list[Example](), {}
     for task, part in itertools.product(found, ("train", "dev")):
         examples = encode_examples(read_task(folder, task, part == "dev"), encode, end, seq_len)
-        cut = sum(len(ids) == seq_len for ids, _ in examples)
-        print_rank_0(f"{task} {part}: {len(examples):,} examples, {cut} cut to {seq_len} tokens")
+        print_rank_0(f"{task} {part}: {len(examples):,} examples")
         if part == "dev":
             dev[task] = pack_examples(examples, seq_len, seed)
         else:
@@ -1220,7 +1218,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--epochs", type=float, default=5, help="passes over the data (default: %(default)s)")
     add("--batch-tokens", type=int, default=131_072, help="a step (default: %(default)s)")
     add("--seq-len", type=int, help="tokens a row (default: 2048, or the context if less)")
-    add("--lr", type=float, help="default: by width and steps, see learning_rates")
+    add("--lr", type=float, help="default: by width and steps, see make_schedule")
     add("--mask-lr", type=float, help="of the masks' log alpha; likewise")
     add("--no-masks", action="store_true", help="as always after linear alignment or a refit")
     add("--calibration-tokens", type=int, default=262_144, help="to convert (%(default)s)")
