@@ -361,7 +361,7 @@ def load_sharded(model: Llama, parts: Iterable[Weights]) -> Llama:
     for parameters, weights in zip(
             sharded, parts if is_rank_0() else itertools.repeat({}), strict=False):
         for name, p in parameters.items():
-            full = weights[name] if is_rank_0() else torch.empty_like(p, device=compute_device())
+            full = weights[name] if is_rank_0() else torch.empty(p.shape, device=p.device)
             p, full = cast(DTensor, p), full.to(p.device, p.dtype)
             p.to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements).to_local())
     return model
