@@ -883,9 +883,10 @@ def test_what_the_text_does_not_show_of_equal_heads_stays_equal(align, norm, row
     out, method = dict(weights), m.Method(align=align, refit=False)
     for i, block in enumerate(m.converted_blocks(config, weights, x_BTD, 2, method)):
         out |= {m.block_prefix(i) + name: w for name, w in block.converted.items()}
-    tokens = random_tokens(config)
-    torch.testing.assert_close(logits_of(m.gqa_config(config, 2), out, tokens),
-                               logits_of(config, weights, tokens), atol=3e-5, rtol=0)
+    found, wanted = (logits_of(of, w, random_tokens(config))
+                     for of, w in ((m.gqa_config(config, 2), out), (config, weights)))
+    # Their own rounding is 40 of float32's epsilons, and so is that of the weights.
+    assert (found - wanted).abs().max() <= 200 * 1.2e-7 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("metric", ["dist", "cos"])
