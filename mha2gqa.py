@@ -1205,7 +1205,8 @@ def _rotated_keys(
 # Chosen by held-out loss and KL, in rows of 256 tokens, on a saturated model of 30 blocks, 576 wide
 # (3 KV heads to 1), and on two small ones, 96 and 256 wide.
 _REFIT_TOKENS = 512  # per step: with few tokens, more and smaller steps
-_REFIT_RATE = 0.4  # how much a step at the highest rate changes an output, relative to it
+_MUON_RATE = 0.1  # how much a step at the highest rate changes matrices; times √error
+_REFIT_RATE = 0.4  # of norms and biases: how much a step changes an output, relative to it
 _JOINT_RATE = 0.1  # the same where all blocks change at once; less if there is little to mend
 
 
@@ -1229,7 +1230,13 @@ def refit_block(
         y_BTD = _forward(block, {**weights, **trained}, x, _rope_and_ends(config, x, document))
         return _hidden_state_error(y_BTD, target_BTD[rows])
 
-    fitted, error_of = _fit(_trainable(weights), error, lambda _: _REFIT_RATE, x_BTD[..., 0],
+    def optimizers(new, before):
+        matrices = {name: w for name, w in new.items() if "_proj.weight" in name}
+        rates = _adam_rates(new, _REFIT_RATE)
+        return [_muon(matrices, config.head_dim, _MUON_RATE * math.sqrt(before)),
+                _adam({name: w for name, w in new.items() if name not in matrices}, rates)]
+
+    fitted, error_of = _fit(_trainable(weights), error, optimizers, x_BTD[..., 0],
                             _refit_epochs(x_BTD[..., 0].numel()), seed, "refit")
     return {**weights, **fitted}, error_of
 
@@ -1305,9 +1312,10 @@ def joint_refit(
         return sum(recomputed(sum_of_kl, *chunk)
                    for chunk in zip(*chunks, strict=True)) / x_BTD[..., 0].numel()
 
-    fitted, found = _fit(  # KL is quadratic in what is wrong with the logits
-        start, kl, lambda before: min(_JOINT_RATE, math.sqrt(max(before, 0)) / 2), tokens_BT, 1,
-        seed, "joint refit")
+    def optimizers(new, before):  # KL is quadratic in what is wrong with the logits
+        return [_adam(new, _adam_rates(new, min(_JOINT_RATE, math.sqrt(max(before, 0)) / 2)))]
+
+    fitted, found = _fit(start, kl, optimizers, tokens_BT, 1, seed, "joint refit")
 
     def block_with_report(i, report):
         source = read_block(weights, i, device)
@@ -1382,14 +1390,16 @@ def calibration_rows(rows_BT: Tensor) -> Tensor:
 
 
 def _fit(
-    weights: Weights, loss: Callable[[Weights, Tensor], Tensor], rate: Callable[[float], float],
-    tokens_BT: Tensor, epochs: int, seed: int, bar: str
+    weights: Weights, loss: Callable[[Weights, Tensor], Tensor],
+    optimizers: Callable[[Weights, float], list[Callable[[float], None]]], tokens_BT: Tensor,
+    epochs: int, seed: int, bar: str
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Minimise `loss(weights, rows)` by Adam; returns (weights, {"before", "after"}).
+    """Minimise `loss(weights, rows)`; returns (weights, {"before", "after"}).
 
-    rate: for `_rates`, as a function of the loss before. The first fortieth of the rows is held out
-    and the loss measured there, with the weights rounded to their dtype; if it does not fall, or is
-    not finite, the weights stay as they were.
+    optimizers: makes of the weights in float32 and the loss before the functions that make a step
+    with these weights' gradients, given `lr_factor`. The first fortieth of the rows is held out and
+    the loss measured there, with the weights rounded to their dtype; if it does not fall, or is not
+    finite, the weights stay as they were.
     """
     size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
     held_out, rows = torch.arange(len(tokens_BT)).tensor_split([_held_out_rows(len(tokens_BT))])
@@ -1398,28 +1408,84 @@ def _fit(
     batches = [batch for order in orders for batch in rows[order].split(size)]
     new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
     device, width = next(iter(new.values())).device, max(w.shape[-1] for w in new.values())
-    # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
-    adam = torch.optim.Adam([{"params": w, "name": name} for name, w in new.items()],
-                            betas=(0.9, 0.95), eps=1e-15, fused=True)
 
     def held_out_loss(w):
         parts = held_out.split(size)
         return sum(len(part) * loss(w, part).item() for part in parts) / len(held_out)
 
     before = held_out_loss(weights)
-    rates = _rates(weights, rate(before))
-    for step, batch in enumerate(progress(batches, bar, leave=False, delay=1)):
+    steps = optimizers(new, before)
+    for at, batch in enumerate(progress(batches, bar, leave=False, delay=1)):
         with torch.enable_grad(), _autocast(device, width, refit=True):
             error = loss(new, batch)
         error.backward()
-        for group in adam.param_groups:
-            group["lr"] = rates[group["name"]] * lr_factor(step, len(batches))
-        adam.step()
-        adam.zero_grad()
+        for step in steps:
+            step(lr_factor(at, len(batches)))
     fitted = _cast_like(weights, {name: w.detach() for name, w in new.items()})
     after = held_out_loss(fitted)
     fitted, after = (fitted, after) if after < before else (dict(weights), before)
     return fitted, {"before": before, "after": after}
+
+
+def _adam(weights: Weights, rates: Mapping[str, float]) -> Callable[[float], None]:
+    """The function that makes a step of Adam (Kingma and Ba 2014), of the rates times its argument.
+    """
+    # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
+    adam = torch.optim.Adam([{"params": w, "name": name} for name, w in weights.items()],
+                            betas=(0.9, 0.95), eps=1e-15, fused=True)
+
+    def step(factor):
+        for group in adam.param_groups:
+            group["lr"] = factor * rates[group["name"]]
+        adam.step()
+        adam.zero_grad()
+
+    return step
+
+
+def _muon(weights: Weights, head_dim: int, rate: float) -> Callable[[float], None]:
+    """The function that makes a step of Muon (Jordan et al. 2024), each head by itself.
+
+        b ← b + 0.15 (g − b),   u = g + 0.85 (b − g)                  (Nesterov's momentum)
+        W ← W − factor · rate · rms(W) · √max(E, D) · orthogonal(u)
+
+    of each head's gradient g, (E, D), or (D, E) of the output. √max(E, D) makes the entries of an
+    orthogonal matrix about 1; so a step of factor 1 changes W's, of its whole matrix as it was at
+    first, by `rate` of their size.
+    """
+    def heads(name, w):  # (D, H·E) -> (H, E, D); or (H·E, D)
+        return (w.mT if "o_proj" in name else w).unflatten(0, (-1, head_dim))
+
+    views = [heads(name, w.detach()) for name, w in weights.items()]
+    scales = [rate * _rms(w_HED) * math.sqrt(max(w_HED.shape[1:])) for w_HED in views]
+    b_HED = torch.zeros_like(torch.cat(views))  # of all matrices: one after the other is slower
+
+    def step(factor):
+        g_HED = torch.cat([heads(name, w.grad) for name, w in weights.items()])
+        b_HED.lerp_(g_HED, 0.15)
+        with _autocast(b_HED.device, max(b_HED.shape[1:]), refit=True):
+            u_HED = _orthogonal(g_HED.lerp(b_HED, 0.85))
+        parts = u_HED.split([len(view) for view in views])
+        for w, view, scale, part in zip(weights.values(), views, scales, parts, strict=True):
+            view.sub_(part, alpha=factor * scale)
+            w.grad = None
+
+    return step
+
+
+def _orthogonal(u: Tensor) -> Tensor:
+    """Matrices (…, E, D) with all their singular values made about 1 (0.7 to 1.2).
+
+    Five Newton-Schulz rounds, X ← aX + (bA + cA²)X with A = XXᵀ, from X = u / ‖u‖; a, b, c of
+    Jordan et al. 2024.
+    """
+    wide = u.shape[-2] <= u.shape[-1]
+    x = u / u.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
+    x = x if wide else x.mT
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+    return x if wide else x.mT
 
 
 def _held_out_rows(n_rows: int) -> int:
@@ -1448,7 +1514,7 @@ def _refit_epochs(n_tokens: int) -> int:
     return max(1, min(5, round(4 * math.sqrt(65_536 / n_tokens))))
 
 
-def _rates(weights: Weights, rate: float) -> dict[str, float]:
+def _adam_rates(weights: Weights, rate: float) -> dict[str, float]:
     """Adam's learning rate for each weight: rate · rms(W) / √columns.
 
     For an input of ±1 and a row of n entries: a step of Adam changes each by about its rate r. The
@@ -1457,9 +1523,14 @@ def _rates(weights: Weights, rate: float) -> dict[str, float]:
     share, `rate`, at any width. (Norm weights and biases act on one entry each, so they move by
     less, rate / √n; a bias of zeros takes its matrix's rms.)
     """
-    rms = {name: at_least_float32(w).square().mean().sqrt().item() for name, w in weights.items()}
+    rms = {name: _rms(w) for name, w in weights.items()}
     return {name: rate * (rms[name] or rms[name.replace("bias", "weight")]) / math.sqrt(w.shape[-1])
             for name, w in weights.items()}
+
+
+def _rms(w: Tensor) -> float:
+    """√ mean w²."""
+    return at_least_float32(w).square().mean().sqrt().item()
 
 
 def _cast_like(like: Weights, weights: Weights) -> dict[str, Tensor]:

@@ -964,6 +964,31 @@ def test_refit_lets_a_block_stay():
     assert error == {"before": 0, "after": 0} and not any(w.any() for w in nothing.values())
 
 
+def test_muon_is_torch_s_of_each_head_by_itself():
+    """In three steps; torch's makes its rounds in bf16."""
+    config, generator = config_of("gqa", head_dim=20), torch.Generator().manual_seed(0)
+    weights = {n: w for n, w in m.block_weights(random_weights(config), 0).items() if "attn" in n}
+    found = {n: w.clone().requires_grad_() for n, w in weights.items()}
+    axis = {n: int("o_proj" in n) for n in weights}
+    heads = {n: [nn.Parameter(h.clone()) for h in w.split(20, axis[n])] for n, w in weights.items()}
+    torch_s = {n: torch.optim.Muon(heads[n], momentum=0.85, weight_decay=0,
+                                   adjust_lr_fn="match_rms_adamw") for n in weights}
+    step = m._muon(found, 20, 0.1)
+    for factor in (0.0, 1.0, 0.5):
+        for name, w in found.items():
+            w.grad = torch.randn(w.shape, generator=generator)
+            for head, grad in zip(heads[name], w.grad.split(20, axis[name]), strict=True):
+                head.grad = grad.contiguous()
+            rate = 0.1 * weights[name].square().mean().sqrt().item()
+            # torch's rate is 0.2 √max(E, D) times what it is given.
+            torch_s[name].param_groups[0]["lr"] = factor * rate / 0.2
+            torch_s[name].step()
+        step(factor)
+    for name, w in weights.items():
+        wanted = torch.cat([h.detach() for h in heads[name]], axis[name]) - w
+        assert (found[name].detach() - w - wanted).norm() < 0.03 * wanted.norm(), name
+
+
 @pytest.mark.slow
 def test_errors_in_the_report_are_those_of_the_written_model(trained, corpus, converted):
     """On the held-out rows: of each block's hidden states, and the predictions' KL."""
