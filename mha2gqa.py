@@ -46,7 +46,6 @@ import dataclasses
 import errno
 import functools
 import gzip
-import itertools
 import json
 import logging
 import math
@@ -76,7 +75,8 @@ from torch.utils.checkpoint import checkpoint
 __version__ = "0.3.0"
 __all__ = [
     "LlamaConfig", "Llama", "load_config", "load_checkpoint", "load_tokenizer", "new_checkpoint",
-    "Corpus", "text_rows", "Method", "convert", "evaluate", "plot",
+    "parse_config", "Corpus", "text_rows", "Method", "convert", "convert_weights", "evaluate",
+    "plot",
     "converted_blocks", "refit_block", "joint_refit", "block_statistics",
     "procrustes", "rope_procrustes", "generalized_procrustes", "shared_keys", "shared_values",
     "head_similarity", "discarded_energy", "anneal_groups", "HeadMaps", "transform", "merge",
@@ -84,6 +84,7 @@ __all__ = [
 ]
 
 PathLike = str | os.PathLike[str]
+Device = torch.device | str | None
 Weights = Mapping[str, Tensor]  # by parameter name; of one block, named as in `Block`
 
 # ---- 1 the model ---------------------------------------------------------------------------------
@@ -328,9 +329,7 @@ class RMSNorm(nn.Module):
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`RMSNorm` of x, computed in float32 at least."""
-    y = at_least_float32(x)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype)
+    return weight * F.rms_norm(at_least_float32(x), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -420,15 +419,12 @@ def block_statistics(
     """The statistics of a block on the hidden states that enter it.
 
     weights: the block's, named as in `Block`. metric: "cos" first scales every key and value vector
-    to length 1 (eq. 7, 8), "dist" does not. Gram products, of some 4,096 tokens at a time, are made
-    in float32 at least, and summed up in float64. Of at most 65,536 tokens, which may leave
-    directions unseen, they are made in float64: rounding in float32 would look like energy there.
+    to length 1 (eq. 7, 8), "dist" does not.
     """
     sums: dict[str, Tensor] = {}
 
     def add(name: str, products: Tensor) -> None:
-        double = torch.promote_types(products.dtype, torch.float64)
-        sums[name] = sums.get(name, 0) + products.to(double)
+        sums[name] = sums.get(name, 0) + products
 
     for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
         y_BTD = _rms_norm(rows, weights["input_layernorm.weight"].to(rows), config.rms_norm_eps)
@@ -438,10 +434,10 @@ def block_statistics(
                 f"self_attn.{name}_proj.bias", f"self_attn.{name}_norm.weight"))
             with _autocast(rows.device, rows.shape[-1]):
                 heads = F.linear(y_BTD, weight.to(rows), None if bias is None else bias.to(rows))
-            heads = heads.double() if x_BTD[..., 0].numel() <= 65_536 else at_least_float32(heads)
-            heads_NKE = heads.flatten(0, 1).unflatten(-1, (-1, config.head_dim))
+            # subtle: in float64, since rounding would look like energy in unseen directions.
+            heads_NKE = heads.double().flatten(0, 1).unflatten(-1, (-1, config.head_dim))
             if norm is not None:
-                add(f"{name} power", heads_NKE.double().square().sum((0, 2)))
+                add(f"{name} power", heads_NKE.square().sum((0, 2)))
                 heads_NKE = _rms_norm(heads_NKE, norm.to(heads_NKE), config.rms_norm_eps)
             if metric == "cos" and name != "q":
                 heads_NKE = F.normalize(heads_NKE, dim=-1)
@@ -459,13 +455,8 @@ def block_statistics(
 
 def value_gram(v_NKE: Tensor) -> Tensor:
     """Gram blocks C_ij = Σ_n v_i[n]ᵀ v_j[n] of all pairs of heads: (K, K, E, E)."""
-    n, k, e = v_NKE.shape
-    v, gram = v_NKE.reshape(n, k * e), v_NKE.new_zeros(k * e, k * e)
-    size = math.ceil(k * e / 8)
-    for at in range(0, k * e, size):  # it is symmetric: half the work is enough
-        gram[at : at + size, at:] = v[:, at : at + size].T @ v[:, at:]
-    gram = gram.triu() + gram.triu(1).T
-    return gram.view(k, e, k, e).transpose(1, 2)
+    v = v_NKE.flatten(1)
+    return (v.T @ v).unflatten(1, v_NKE.shape[1:]).unflatten(0, v_NKE.shape[1:]).transpose(1, 2)
 
 
 def key_gram(k_NKE: Tensor) -> Tensor:
@@ -622,8 +613,10 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
     before, run = maps, torch.ones_like(history[0])  # run: rounds since the momentum's last start
     for _ in range(500):
         ahead = maps + ((run - 1) / (run + 2))[..., None, None, None] * (maps - before)
-        for i in range(gram.shape[-4]):
-            ahead = _rotate_head(gram, ahead, i)
+        for i in range(gram.shape[-4]):  # q_i ← polar(Σ_(j≠i) C_ij q_j)
+            others = [j for j in range(gram.shape[-4]) if j != i]
+            sums = (gram[..., i, others, :, :] @ ahead[..., others, :, :]).sum(-3)
+            ahead[..., i, :, :] = _polar(sums)
         gain = _inner_products(gram, ahead).triu(1).sum((-1, -2)) - history[-1]
         moves = gain > 1e-8 * history[-1].abs()
         if not (moves | (run > 1)).any():
@@ -634,14 +627,6 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
         history.append(history[-1] + gain.clamp(min=0))
     maps = maps @ maps[..., :1, :, :].mH  # a rotation common to all heads is free
     return (maps[..., 0, 0] if rope else maps), torch.stack(history)
-
-
-def _rotate_head(gram: Tensor, maps: Tensor, i: int) -> Tensor:
-    """The maps with q_i ← polar(Σ_(j≠i) C_ij q_j)."""
-    others = [j for j in range(maps.shape[-3]) if j != i]
-    rotated = maps.clone()
-    rotated[..., i, :, :] = _polar((gram[..., i, others, :, :] @ maps[..., others, :, :]).sum(-3))
-    return rotated
 
 
 # Of energies in float64. TINY is added, so that heads of zeros do not divide 0 by 0. FLOOR is the
@@ -745,11 +730,7 @@ def head_similarity(gram: Tensor, n_tokens: int, metric: str, rope: bool = False
     of vectors of length 1. The square of the distance is what the paper's code uses. Raises
     ValueError for another metric.
     """
-    if rope:
-        return _similarity(gram.abs().sum(0), n_tokens, metric)
-    inner_KK = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # only its diagonal, tr C_ii, will stay
-    i, j = torch.triu_indices(len(inner_KK), len(inner_KK), 1, device=gram.device)
-    inner_KK[i, j] = inner_KK[j, i] = torch.linalg.svdvals(gram[i, j]).sum(-1)
+    inner_KK = gram.abs().sum(0) if rope else torch.linalg.svdvals(gram).sum(-1)
     return _similarity(inner_KK, n_tokens, metric)
 
 
@@ -818,8 +799,8 @@ def anneal_groups(
 
         maximise  Σ over groups, Σ_(i<j in the group) s_ij                       (eq. 23, 24)
 
-    Simulated annealing by swaps of two heads (algorithm 2), 512 restarts of 4,000 steps side by
-    side; then the best of all swaps until none gains. `temperature` is the initial one, in standard
+    Simulated annealing by swaps of two heads (algorithm 2), 512 restarts of 8 K² steps side by side
+    (half as many still found the best for 40 heads). `temperature` is the initial one, in standard
     deviations of s; it falls to a hundredth of that. 0 is the paper's rule: improvements only.
     Returns `n_groups` sorted lists, ordered by their first heads. Raises ValueError if `n_groups`
     does not divide K or s is not a square matrix of finite numbers.
@@ -837,30 +818,23 @@ def anneal_groups(
     np.fill_diagonal(s, 0)
     rng = np.random.default_rng(seed)
     group_RK = rng.permuted(np.tile(np.arange(k) * n_groups // k, (512, 1)), axis=1)
-    group_RK = _metropolis_swaps(s, group_RK, 4000, temperature * s.std(), rng)
-    group_RK = _steepest_ascent(s, group_RK)
+    group_RK = _metropolis_swaps(s, group_RK, 8 * k * k, temperature * s.std(), rng)
     score_R = ((group_RK[:, :, None] == group_RK[:, None, :]) * s).sum((1, 2))
     best_K = group_RK[score_R.argmax()]
     return sorted(np.flatnonzero(best_K == g).tolist() for g in range(n_groups))
-
-
-def _affinity(s_KK: np.ndarray, group_RK: np.ndarray) -> np.ndarray:
-    """a[r, i, g]: the sum of s between head i and the heads of group g, in restart r.
-
-    If heads i and j of groups g and h change places, the score gains
-    a[i, h] − a[i, g] + a[j, g] − a[j, h] − 2 s_ij: the first and third terms count s_ij as if one
-    joined the other, but they stay apart.
-    """
-    return s_KK @ (group_RK[:, :, None] == np.arange(group_RK.max() + 1)).astype(np.float64)
 
 
 def _metropolis_swaps(s_KK, group_RK, steps, temperature, rng) -> np.ndarray:
     """Propose a swap in every restart; accept it if u < exp(gain / T), u uniform in (0, 1).
 
     That is gain > T log u, and −log u has the exponential distribution.
+    With a[r, i, g] the sum of s between head i and the heads of group g, in restart r: if heads i
+    and j of groups g and h change places, the score gains
+    a[i, h] − a[i, g] + a[j, g] − a[j, h] − 2 s_ij. The first and third terms count s_ij as if one
+    joined the other, but they stay apart.
     """
-    group_RK, a_RKG = group_RK.copy(), _affinity(s_KK, group_RK)
-    rows = np.arange(len(group_RK))
+    group_RK, rows = group_RK.copy(), np.arange(len(group_RK))
+    a_RKG = s_KK @ (group_RK[:, :, None] == np.arange(group_RK.max() + 1)).astype(np.float64)
     cooling = temperature * np.geomspace(1, 0.01, steps)
     i_SR, j_SR = rng.integers(len(s_KK), size=(2, steps, len(rows)))
     threshold_SR = -cooling[:, None] * rng.exponential(size=(steps, len(rows)))
@@ -875,23 +849,6 @@ def _metropolis_swaps(s_KK, group_RK, steps, temperature, rng) -> np.ndarray:
         a_RKG[r, :, gj] += moved
         group_RK[r, i], group_RK[r, j] = gj, gi
     return group_RK
-
-
-def _steepest_ascent(s_KK, group_RK) -> np.ndarray:
-    """In every restart make the best of all swaps, until none gains."""
-    group_RK, rows = group_RK.copy(), np.arange(len(group_RK))
-    while True:
-        a_RKG = _affinity(s_KK, group_RK)
-        to_RKK = np.take_along_axis(a_RKG, group_RK[:, None, :], axis=2)  # a[i, group of j]
-        leave_RKK = to_RKK - np.diagonal(to_RKK, axis1=1, axis2=2)[:, :, None]
-        gain_RKK = leave_RKK + leave_RKK.transpose(0, 2, 1) - 2 * s_KK
-        gain_RKK[group_RK[:, :, None] == group_RK[:, None, :]] = 0
-        best_R = gain_RKK.reshape(len(rows), -1).argmax(1)
-        i, j = np.unravel_index(best_R, s_KK.shape)
-        r = np.flatnonzero(gain_RKK[rows, i, j] > 1e-12 * np.abs(s_KK).max())
-        if not len(r):
-            return group_RK
-        group_RK[r, i[r]], group_RK[r, j[r]] = group_RK[r, j[r]], group_RK[r, i[r]]
 
 
 # ---- 5 map and merge -----------------------------------------------------------------------------
@@ -1082,12 +1039,11 @@ class Method:
 class ConvertedBlock:
     """What `converted_blocks` yields; weights are named as in `Block`.
 
-    source: the block as it was. aligned: with its units mapped and in the order of their groups,
-    before the merge; None after a refit, which changes other weights, too. converted: the result,
-    in the source's dtype. report: its groups and how well they fit.
+    aligned: with its units mapped and in the order of their groups, before the merge; None after a
+    refit, which changes other weights, too. converted: the result, in the source's dtype. report:
+    its groups and how well they fit.
     """
 
-    source: dict[str, Tensor]
     aligned: dict[str, Tensor] | None
     converted: dict[str, Tensor]
     report: dict[str, Any]
@@ -1095,22 +1051,23 @@ class ConvertedBlock:
 
 @torch.no_grad()
 def converted_blocks(
-    config: LlamaConfig, weights: Weights, x_BTD: Tensor, kv_heads: int, method: Method,
-    document_BT: Tensor | None = None
+    config: LlamaConfig, weights: Weights, tokens_BT: Tensor, kv_heads: int,
+    method: Method = Method(), device: Device = None, document_BT: Tensor | None = None
 ) -> Iterator[ConvertedBlock]:
     """Convert one block after the other: in memory is this one alone, as it was and as it becomes.
 
-    Two streams of hidden states walk along. The source's, `x_BTD`, starts as the embedded
-    calibration rows; it gives the statistics, and each block's output is what its refit should
-    reproduce. It is overwritten block by block, to save memory. The converted model's stream is
-    what the refit starts from.
-    `document_BT` as in `Llama.forward`. Raises ValueError for weights or hidden states that are not
-    finite.
+    tokens_BT: rows of text to calibrate with, see `refit_rows`; `document_BT` as in
+    `Llama.forward`. device: where to compute; None: where the weights are.
+    Two streams of hidden states walk along. The source's gives the statistics, and each block's
+    output is what its refit should reproduce. The converted model's is what the refit starts from.
+    Raises ValueError for too few rows, and for weights or hidden states that are not finite.
     """
     new_config = gqa_config(config, kv_heads)
-    source_x, converted_x = x_BTD, x_BTD.clone() if method.refit else torch.empty(0)
+    rows_BT, document_BT = refit_rows(config, weights, tokens_BT, method, device, document_BT)
+    source_x = embed(weights, rows_BT, device)
+    converted_x = source_x.clone() if method.refit else torch.empty(0)
     for i in range(config.num_hidden_layers):
-        source, seed = read_block(weights, i, x_BTD.device), method.seed + i
+        source, seed = read_block(weights, i, device), method.seed + i
         statistics = block_statistics(config, source, source_x, method.metric)
         _run_block_(config, source, source_x, f"block {i}", document_BT)
         # source_x now holds the hidden states after the block, which are the refit's target.
@@ -1125,7 +1082,7 @@ def converted_blocks(
             converted, report["refit"] = refit_block(
                 new_config, converted, converted_x, source_x, seed, document_BT)
             _run_block_(new_config, converted, converted_x, f"converted block {i}", document_BT)
-        yield ConvertedBlock(source, aligned, converted, report)
+        yield ConvertedBlock(aligned, converted, report)
 
 
 def _choose_groups(
@@ -1135,15 +1092,13 @@ def _choose_groups(
     and after it is aligned: the share of energy that stays or, of values or keys, the similarity.
     """
     if method.group == "adjacent":
-        k = len(statistics.output_KEE)
-        return torch.arange(k).view(kv_heads, -1).tolist(), {}
+        return torch.arange(len(statistics.output_KEE)).view(kv_heads, -1).tolist(), {}
     if method.group == "energy":
         loss_KK, (before_KK, after_KK) = discarded_energy(statistics)
         s_KK = -loss_KK
     else:
-        gram, by_key = statistics.value_KKEE, method.group == "key"
-        if by_key:
-            gram = _free_keys(statistics.key_PKK, statistics.free_plane_P)
+        by_key, gram = method.group == "key", statistics.value_KKEE
+        gram = _free_keys(statistics.key_PKK, statistics.free_plane_P) if by_key else gram
         inner_KK = gram.real.sum(0) if by_key else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         before_KK = _similarity(inner_KK, statistics.n_tokens, method.metric)
         s_KK = after_KK = head_similarity(gram, statistics.n_tokens, method.metric, rope=by_key)
@@ -1230,23 +1185,16 @@ def refit_block(
         y_BTD = _forward(block, {**weights, **trained}, x, _rope_and_ends(config, x, document))
         return _hidden_state_error(y_BTD, target_BTD[rows])
 
-    def optimizers(new, before):
-        matrices = {name: w for name, w in new.items() if "_proj.weight" in name}
-        rates = _adam_rates(new, _REFIT_RATE)
-        return [_muon(matrices, config.head_dim, _MUON_RATE * math.sqrt(before)),
-                _adam({name: w for name, w in new.items() if name not in matrices}, rates)]
-
-    fitted, error_of = _fit(_trainable(weights), error, optimizers, x_BTD[..., 0],
-                            _refit_epochs(x_BTD[..., 0].numel()), seed, "refit")
+    fitted, error_of = _fit(config, _trainable(weights), error, x_BTD[..., 0], seed)
     return {**weights, **fitted}, error_of
 
 
 def _trainable(weights: Weights) -> dict[str, Tensor]:
-    """Those of a block's weights that a refit trains: attention and the norms.
+    """Those of a block's or a model's weights that a refit trains: attention and the blocks' norms.
 
     The MLPs are two thirds of a model. They have lost nothing, and take more tokens to train.
     """
-    return {name: w for name, w in weights.items() if not name.startswith("mlp.")}
+    return {name: w for name, w in weights.items() if "self_attn." in name or "layernorm." in name}
 
 
 def _hidden_state_error(y_BTD: Tensor, target_BTD: Tensor) -> Tensor:
@@ -1263,160 +1211,148 @@ def _hidden_state_error(y_BTD: Tensor, target_BTD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def joint_refit(
-    config: LlamaConfig, weights: Weights, blocks: Iterable[ConvertedBlock], tokens_BT: Tensor,
-    target_BTD: Tensor, kv_heads: int, seed: int
-) -> tuple[Iterator[ConvertedBlock], dict[str, float]]:
+    config: LlamaConfig, weights: Weights, converted: Weights, tokens_BT: Tensor, kv_heads: int,
+    method: Method = Method(), device: Device = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Train attention and norms of all converted blocks together.
 
         minimise  the mean over tokens of KL(source ‖ converted), see `kl_loss`
 
     A block alone cannot know which of its errors the output will notice. One pass over the tokens:
     in a second one the KL on other text rose. (A block's own refit bears several.)
-    config, weights: the source's. blocks: as from `converted_blocks`, which leaves in its `x_BTD`
-    what is the target here, the source's hidden states after the last block. Each row is one
-    document. Returns (the blocks again, KL in nats/token before and after, see `_fit`).
-    Memory: some 20 bytes for each weight that is trained, and one block, which is run again in the
+    config, weights: the source's. converted: what `converted_blocks` made of it, with the names of
+    a checkpoint. tokens_BT, method, device: as there; each row is one document. Returns (the
+    weights that were trained, KL in nats/token before and after, see `_fit`).
+    Memory: some 18 bytes for each weight that is trained, and one block, which is run again in the
     backward pass (Chen et al. 2016).
     """
-    reports: list[dict[str, Any]] = []
-    start: dict[str, Tensor] = {}
-    for i, block in enumerate(blocks):
-        reports.append(block.report)
-        start |= {block_prefix(i) + n: w for n, w in _trainable(block.converted).items()}
-        del block  # or the last one would stay in memory
-    device, empty = target_BTD.device, _empty_block(gqa_config(config, kv_heads))
-    frozen = {name: w for name, w in weights.items() if ".mlp." in name}
+    rows_BT, _ = refit_rows(config, weights, tokens_BT, method, device)
+    target_BTD = _hidden_states(config, weights, rows_BT, device, "target")
+    device = target_BTD.device
+    start = {name: w.to(device) for name, w in _trainable(converted).items()}
+    frozen = {name: w for name, w in weights.items() if name not in start}
     needed = sum(w.nbytes for w in frozen.values()) + 24 * sum(w.numel() for w in start.values())
-    readout, tokens_BT = _readout(config, weights, target_BTD), tokens_BT.to(device)
-    table_VD = weights["model.embed_tokens.weight"].to(device)
     torch.cuda.empty_cache()  # what the walk no longer uses is free
-    if device.type != "cuda" or needed < torch.cuda.mem_get_info(device)[0]:
-        frozen = {name: w.to(device) for name, w in frozen.items()}  # or else in each step
-    recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-    def run(i, trained, rope_and_ends, x_BTD):
-        block = block_weights({**frozen, **trained}, i)
-        return _forward(empty, {n: w.to(device) for n, w in block.items()}, x_BTD, rope_and_ends)
-
-    def sum_of_kl(x_ND, target_ND):
-        return kl_loss(readout(x_ND), readout(target_ND)).sum()
+    resident = device.type != "cuda" or needed < torch.cuda.mem_get_info(device)[0]
+    # If there is no room for MLPs, they are read in each step.
+    frozen = {n: w.to(device) if resident or ".mlp." not in n else w for n, w in frozen.items()}
+    readout, rows_BT = _readout(config, frozen, target_BTD), rows_BT.to(device)
+    empty = _empty_block(gqa_config(config, kv_heads))
 
     def kl(trained, rows):
         rows = rows.to(device, non_blocking=True)
-        x_BTD = F.embedding(tokens_BT[rows], table_VD).float()
+        x_BTD = embed(frozen, rows_BT[rows], device)
         rope_and_ends = _rope_and_ends(config, x_BTD)
         for i in range(config.num_hidden_layers):
-            # `checkpoint` walks through its arguments at each call: `trained` is none of them.
-            x_BTD = recomputed(functools.partial(run, i, trained, rope_and_ends), x_BTD)
-        chunks = (y_BTD.flatten(0, 1).split(256) for y_BTD in (x_BTD, target_BTD[rows]))
-        return sum(recomputed(sum_of_kl, *chunk)
-                   for chunk in zip(*chunks, strict=True)) / x_BTD[..., 0].numel()
+            # subtle: `checkpoint` walks through its arguments at each call; weights are none.
+            run = functools.partial(_forward, empty, block_weights({**frozen, **trained}, i),
+                                    rope_and_ends=rope_and_ends)
+            x_BTD = checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=False)
+        return kl_loss(readout(x_BTD), readout(target_BTD[rows])).mean()
 
-    def optimizers(new, before):  # KL is quadratic in what is wrong with the logits
-        return [_adam(new, _adam_rates(new, min(_JOINT_RATE, math.sqrt(max(before, 0)) / 2)))]
-
-    fitted, found = _fit(start, kl, optimizers, tokens_BT, 1, seed, "joint refit")
-
-    def block_with_report(i, report):
-        source = read_block(weights, i, device)
-        converted = {name: fitted.get(block_prefix(i) + name, w) for name, w in source.items()}
-        return ConvertedBlock(source, None, converted, report)
-
-    return itertools.starmap(block_with_report, enumerate(reports)), found
+    return _fit(config, start, kl, rows_BT, method.seed, joint=True)
 
 
-@torch.no_grad()
-def with_resampled_rows(
-    config: LlamaConfig, weights: Weights, tokens_BT: Tensor, method: Method, device: torch.device
-) -> Tensor:
-    """The rows and, behind them, more text of the same kind for a refit: (rows, T), `_copies` of
-    them, each with half of its tokens replaced.
+def refit_rows(
+    config: LlamaConfig, weights: Weights, tokens_BT: Tensor, method: Method, device: Device,
+    document_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The `calibration_rows` and, behind them, more text of the same kind for a refit: `_copies` of
+    them, each with half of its tokens replaced. Returns (rows, their documents), on the CPU.
 
     What replaces them is drawn from what the source predicts there, given the row as it is. Such
     text reads badly, but served a refit as well as text that the model wrote from scratch; and it
     takes one forward for all tokens at once, where writing takes one for each. None of the rows
     that the refit is judged by is copied: their copies would be trained on.
     """
-    copies = _copies(config, tokens_BT, method)
+    tokens_BT = calibration_rows(tokens_BT, method).long().cpu()
+    if document_BT is not None:
+        document_BT = calibration_rows(document_BT, method).cpu()
+    copies = _copies(config, tokens_BT.numel(), method)
     if not copies:
-        return tokens_BT
-    n_held_out = _held_out_rows((copies + 1) * len(tokens_BT))  # of `_fit`, or one more
-    copied_BT = tokens_BT[n_held_out:]
-    x_BTD = _hidden_states(config, weights, copied_BT, device, "resample")
+        return tokens_BT, document_BT
+    n_judges = _held_out_rows((copies + 1) * len(tokens_BT))  # of `_fit`, or one more
+    x_BTD = _hidden_states(config, weights, tokens_BT, device, "resample", document_BT)
     readout = _readout(config, weights, x_BTD)
-    generator = torch.Generator().manual_seed(method.seed)  # the same numbers on all devices
-    found_CBT = copied_BT.repeat(copies, 1, 1)
-
-    def draw(x_ND):  # the tokens where the distribution function passes uniform numbers
-        cdf_NV = readout(x_ND).softmax(-1).cumsum(-1)  # up to 1, but for rounding
-        u_NC = torch.rand(len(x_ND), copies, generator=generator).to(x_ND) * cdf_NV[:, -1:]
-        return torch.searchsorted(cdf_NV, u_NC, right=True).clamp(max=cdf_NV.shape[1] - 1)
-
-    for b, x_TD in enumerate(x_BTD):
-        drawn_CT = torch.cat([draw(x_ND) for x_ND in x_TD[:-1].split(256)]).mT.cpu()
-        replace_CT = torch.rand(drawn_CT.shape, generator=generator) < 0.5
-        found_CBT[:, b, 1:][replace_CT] = drawn_CT[replace_CT]
-    return torch.cat([tokens_BT, found_CBT.flatten(0, 1)])
+    generator = torch.Generator(x_BTD.device).manual_seed(method.seed)
+    found_CBT = tokens_BT[n_judges:].repeat(copies, 1, 1)
+    for b, x_TD in enumerate(x_BTD[n_judges:, :-1]):
+        drawn_TC = readout(x_TD).softmax(-1).multinomial(copies, True, generator=generator)
+        half_TC = torch.rand(drawn_TC.shape, generator=generator, device=x_TD.device) < 0.5
+        kept_CT = found_CBT[:, b, 1:]
+        kept_CT.copy_(torch.where(half_TC, drawn_TC, kept_CT.mT.to(x_TD.device)).mT)
+    if document_BT is not None:
+        document_BT = torch.cat([document_BT, document_BT[n_judges:].repeat(copies, 1)])
+    return torch.cat([tokens_BT, found_CBT.flatten(0, 1)]), document_BT
 
 
-def _copies(config: LlamaConfig, tokens_BT: Tensor, method: Method) -> int:
-    """How many copies of the rows to add for a refit, so that there are 100 · D tokens; at most 7.
+def _copies(config: LlamaConfig, n_tokens: int, method: Method) -> int:
+    """How many copies of so many tokens to add for a refit, so that there are 100 · D; at most 7.
 
     Attention has some 4 D² weights a block to train, and each token tells D numbers.
     """
     if not (method.refit or method.joint):
         return 0
-    return min(math.ceil(100 * config.hidden_size / tokens_BT.numel()) - 1, 7)
+    return min(math.ceil(100 * config.hidden_size / n_tokens) - 1, 7)
 
 
 def _hidden_states(
-    config: LlamaConfig, weights: Weights, tokens_BT: Tensor, device: torch.device, bar: str
+    config: LlamaConfig, weights: Weights, tokens_BT: Tensor, device: Device, bar: str,
+    document_BT: Tensor | None = None
 ) -> Tensor:
-    """The hidden states (B, T, D) after the last block; each row is one document."""
+    """The hidden states (B, T, D) after the last block."""
     x_BTD = embed(weights, tokens_BT, device)
     for i in progress(range(config.num_hidden_layers), bar):
-        _run_block_(config, read_block(weights, i, device), x_BTD, f"block {i}")
+        _run_block_(config, read_block(weights, i, device), x_BTD, f"block {i}", document_BT)
     return x_BTD
 
 
-def calibration_rows(rows_BT: Tensor) -> Tensor:
+def calibration_rows(rows_BT: Tensor, method: Method) -> Tensor:
     """The rows, cut into equal ones of at most 512 tokens, a refit's step.
 
     A step is one row at least, and more and smaller steps make a better model, also when it is then
-    measured in longer rows, in less time.
+    measured in longer rows, in less time. Raises ValueError without a row to calibrate with; of a
+    refit, one more to judge it by.
     """
     length = rows_BT.shape[1] // math.ceil(rows_BT.shape[1] / _REFIT_TOKENS)
-    return rows_BT[:, : rows_BT.shape[1] // length * length].reshape(-1, length)
+    rows_BT = rows_BT[:, : rows_BT.shape[1] // length * length].reshape(-1, length)
+    if len(rows_BT) < (least := 2 if method.refit or method.joint else 1):
+        raise ValueError(f"{least} rows of {length} tokens are needed to calibrate with, found "
+                         f"{len(rows_BT)}; more text, a smaller --seq-len, or --no-refit and "
+                         "--no-joint")
+    return rows_BT
 
 
 def _fit(
-    weights: Weights, loss: Callable[[Weights, Tensor], Tensor],
-    optimizers: Callable[[Weights, float], list[Callable[[float], None]]], tokens_BT: Tensor,
-    epochs: int, seed: int, bar: str
+    config: LlamaConfig, weights: Weights, loss: Callable[[Weights, Tensor], Tensor],
+    tokens_BT: Tensor, seed: int, joint: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Minimise `loss(weights, rows)`; returns (weights, {"before", "after"}).
 
-    optimizers: makes of the weights in float32 and the loss before the functions that make a step
-    with these weights' gradients, given `lr_factor`. The first fortieth of the rows is held out and
-    the loss measured there, with the weights rounded to their dtype; if it does not fall, or is not
-    finite, the weights stay as they were.
+    Matrices by Muon and the rest by Adam; if `joint` all by Adam, in one epoch. The first fortieth
+    of the rows is held out and the loss measured there, with the weights rounded to their dtype; if
+    it does not fall, or is not finite, they stay as they were.
     """
     size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
     held_out, rows = torch.arange(len(tokens_BT)).tensor_split([_held_out_rows(len(tokens_BT))])
     generator = torch.Generator().manual_seed(seed)
+    epochs = 1 if joint else _refit_epochs(tokens_BT.numel())
     orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
     batches = [batch for order in orders for batch in rows[order].split(size)]
     new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
-    device, width = next(iter(new.values())).device, max(w.shape[-1] for w in new.values())
 
     def held_out_loss(w):
         parts = held_out.split(size)
         return sum(len(part) * loss(w, part).item() for part in parts) / len(held_out)
 
     before = held_out_loss(weights)
-    steps = optimizers(new, before)
-    for at, batch in enumerate(progress(batches, bar, leave=False, delay=1)):
-        with torch.enable_grad(), _autocast(device, width, refit=True):
+    root = math.sqrt(max(before, 0))  # KL is quadratic in what is wrong with the logits
+    matrices = {name: w for name, w in new.items() if "_proj.weight" in name and not joint}
+    steps = [_muon(matrices, config.head_dim, _MUON_RATE * root),
+             _adam(new, min(_JOINT_RATE, root / 2) if joint else _REFIT_RATE, without=matrices)]
+    bar = progress(batches, "joint refit" if joint else "refit", leave=False, delay=1)
+    for at, batch in enumerate(bar):
+        with torch.enable_grad(), _autocast(tokens_BT.device, config.hidden_size, refit=True):
             error = loss(new, batch)
         error.backward()
         for step in steps:
@@ -1425,22 +1361,6 @@ def _fit(
     after = held_out_loss(fitted)
     fitted, after = (fitted, after) if after < before else (dict(weights), before)
     return fitted, {"before": before, "after": after}
-
-
-def _adam(weights: Weights, rates: Mapping[str, float]) -> Callable[[float], None]:
-    """The function that makes a step of Adam (Kingma and Ba 2014), of the rates times its argument.
-    """
-    # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
-    adam = torch.optim.Adam([{"params": w, "name": name} for name, w in weights.items()],
-                            betas=(0.9, 0.95), eps=1e-15, fused=True)
-
-    def step(factor):
-        for group in adam.param_groups:
-            group["lr"] = factor * rates[group["name"]]
-        adam.step()
-        adam.zero_grad()
-
-    return step
 
 
 def _muon(weights: Weights, head_dim: int, rate: float) -> Callable[[float], None]:
@@ -1456,36 +1376,58 @@ def _muon(weights: Weights, head_dim: int, rate: float) -> Callable[[float], Non
     def heads(name, w):  # (D, H·E) -> (H, E, D); or (H·E, D)
         return (w.mT if "o_proj" in name else w).unflatten(0, (-1, head_dim))
 
-    views = [heads(name, w.detach()) for name, w in weights.items()]
-    scales = [rate * _rms(w_HED) * math.sqrt(max(w_HED.shape[1:])) for w_HED in views]
-    b_HED = torch.zeros_like(torch.cat(views))  # of all matrices: one after the other is slower
+    scales = {n: rate * _rms(w) * math.sqrt(max(heads(n, w).shape[1:])) for n, w in weights.items()}
+    momentum = {name: torch.zeros_like(w) for name, w in weights.items()}
 
     def step(factor):
-        g_HED = torch.cat([heads(name, w.grad) for name, w in weights.items()])
-        b_HED.lerp_(g_HED, 0.15)
-        with _autocast(b_HED.device, max(b_HED.shape[1:]), refit=True):
-            u_HED = _orthogonal(g_HED.lerp(b_HED, 0.85))
-        parts = u_HED.split([len(view) for view in views])
-        for w, view, scale, part in zip(weights.values(), views, scales, parts, strict=True):
-            view.sub_(part, alpha=factor * scale)
+        for name, w in weights.items():
+            g: Any = w.grad
+            u = g.lerp(momentum[name].lerp_(g, 0.15), 0.85)
+            with _autocast(w.device, max(w.shape), refit=True):
+                u_HED = _orthogonal(heads(name, u))
+            heads(name, w.detach()).sub_(u_HED, alpha=factor * scales[name])
             w.grad = None
 
     return step
 
 
-def _orthogonal(u: Tensor) -> Tensor:
-    """Matrices (…, E, D) with all their singular values made about 1 (0.7 to 1.2).
+def _orthogonal(u_HED: Tensor) -> Tensor:
+    """Matrices with all their singular values made about 1 (0.7 to 1.2).
 
     Five Newton-Schulz rounds, X ← aX + (bA + cA²)X with A = XXᵀ, from X = u / ‖u‖; a, b, c of
     Jordan et al. 2024.
     """
-    wide = u.shape[-2] <= u.shape[-1]
-    x = u / u.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
-    x = x if wide else x.mT
+    x = u_HED / u_HED.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
     for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
-    return x if wide else x.mT
+        a_HEE = x @ x.mT
+        x = 3.4445 * x + (2.0315 * a_HEE @ a_HEE - 4.7750 * a_HEE) @ x
+    return x
+
+
+def _adam(weights: Weights, rate: float, without: Weights) -> Callable[[float], None]:
+    """The function that makes a step of Adam (Kingma and Ba 2014) on the other weights.
+
+        rate of each weight = factor · rate · rms(W) / √columns
+
+    For an input of ±1 and a row of n entries: a step of Adam changes each by about its rate r. The
+    changes have the signs of the input, so they add up, and the output changes by n r. The entries
+    themselves have random signs, and add up to about √n rms(W). So the output changes by the same
+    share, `rate`, at any width. (Norm weights and biases act on one entry each, so they move by
+    less, rate / √n; a bias of zeros takes its matrix's rms.)
+    """
+    rms = {name: _rms(w) for name, w in weights.items()}
+    groups = [{"params": w, "rate": rate * (rms[name] or rms[name.replace("bias", "weight")])
+               / math.sqrt(w.shape[-1])} for name, w in weights.items() if name not in without]
+    # eps: gradients of a relative error can be far smaller than Adam's usual 1e-8.
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15, fused=True)
+
+    def step(factor):
+        for group in adam.param_groups:
+            group["lr"] = factor * group["rate"]
+        adam.step()
+        adam.zero_grad()
+
+    return step
 
 
 def _held_out_rows(n_rows: int) -> int:
@@ -1512,20 +1454,6 @@ def _refit_epochs(n_tokens: int) -> int:
     seeing it again.
     """
     return max(1, min(5, round(4 * math.sqrt(65_536 / n_tokens))))
-
-
-def _adam_rates(weights: Weights, rate: float) -> dict[str, float]:
-    """Adam's learning rate for each weight: rate · rms(W) / √columns.
-
-    For an input of ±1 and a row of n entries: a step of Adam changes each by about its rate r. The
-    changes have the signs of the input, so they add up, and the output changes by n r. The entries
-    themselves have random signs, and add up to about √n rms(W). So the output changes by the same
-    share, `rate`, at any width. (Norm weights and biases act on one entry each, so they move by
-    less, rate / √n; a bias of zeros takes its matrix's rms.)
-    """
-    rms = {name: _rms(w) for name, w in weights.items()}
-    return {name: rate * (rms[name] or rms[name.replace("bias", "weight")]) / math.sqrt(w.shape[-1])
-            for name, w in weights.items()}
 
 
 def _rms(w: Tensor) -> float:
@@ -1555,8 +1483,8 @@ def _empty_block(config: LlamaConfig) -> Block:
 
 
 def _forward(block: Block, weights: Weights, x_BTD: Tensor, rope_and_ends: tuple) -> Tensor:
-    """The hidden states after a block with these weights, in the dtype of x."""
-    weights = {name: w.to(x_BTD.dtype) for name, w in weights.items()}
+    """The hidden states after a block with these weights, in the dtype and on the device of x."""
+    weights = {name: w.to(x_BTD) for name, w in weights.items()}
     return torch.func.functional_call(block, weights, (x_BTD, *rope_and_ends), strict=True)
 
 
@@ -1569,16 +1497,14 @@ def _run_block_(
     Raises ValueError with the block's name if they are not finite: every stream comes through here.
     """
     block, size = _empty_block(config), max(1, 4096 // x_BTD.shape[1])
-    weights = {n: w.to(x_BTD.dtype) for n, w in weights.items()}  # once for all rows
-    finite = torch.ones((), dtype=torch.bool, device=x_BTD.device)
+    weights = {n: w.to(x_BTD) for n, w in weights.items()}  # once for all rows
     with _autocast(x_BTD.device, x_BTD.shape[-1]):
         for at in range(0, len(x_BTD), size):
             rows = slice(at, at + size)
             document = None if document_BT is None else document_BT[rows]
             x = x_BTD[rows]
             x_BTD[rows] = _forward(block, weights, x, _rope_and_ends(config, x, document))
-            finite &= x_BTD[rows].isfinite().all()
-    if not finite:
+    if not x_BTD.sum().isfinite():  # no mask of all of them
         raise ValueError(f"{name}: its hidden states on this text are not finite")
 
 
@@ -1622,6 +1548,63 @@ def _check_finite(weights: Weights, prefix: str = "") -> None:
 
 
 @torch.no_grad()
+def convert_weights(
+    config: LlamaConfig, weights: Weights, tokens_BT: Tensor, kv_heads: int,
+    method: Method = Method(), device: Device = None
+) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, Any]]:
+    """Convert a model in memory to `kv_heads` KV heads; returns (its config, weights, report).
+
+    config: see `parse_config`. weights: a state dict with transformers' names; that of the result
+    has the same names, dtypes and devices, and what was not converted is not copied.
+    tokens_BT: rows of text to calibrate with. device: where to compute; None: where the weights
+    are. report: of each block, its groups and how well they fit; "joint_kl", in nats/token, before
+    and after the joint refit. Raises ValueError for weights that are not the config's, too few rows
+    and what is not finite.
+    """
+    checked, out, layers = _check_weights(config, weights), dict(weights), []
+    blocks, report = _converted(config, checked, tokens_BT, kv_heads, method, device)
+    for i, block in enumerate(blocks):
+        layers.append(block.report)
+        of_block = {block_prefix(i) + name: w for name, w in block.converted.items()}
+        out |= {name: w.to(weights[name].device) for name, w in of_block.items()}
+    return gqa_config(config, kv_heads), out, {**report, "layers": layers}
+
+
+def _converted(
+    config: LlamaConfig, weights: Weights, tokens_BT: Tensor, kv_heads: int, method: Method,
+    device: Device
+) -> tuple[Iterable[ConvertedBlock], dict[str, Any]]:
+    """(The blocks after all that the method asks for, what the report says of all of them)."""
+    _check_finite(non_block_weights(weights))
+    walk = converted_blocks(config, weights, tokens_BT, kv_heads, method, device)
+    blocks = progress(walk, "convert", config.num_hidden_layers)
+    if not method.joint:
+        return blocks, {}
+    reports, report = list[dict[str, Any]](), dict[str, Any](joint_kl=None)
+    converted = dict(weights)
+    for i, block in enumerate(blocks):
+        reports.append(block.report)
+        converted |= {block_prefix(i) + n: w for n, w in _trainable(block.converted).items()}
+        del block  # or the last one would stay in memory
+    try:
+        fitted, report["joint_kl"] = joint_refit(
+            config, weights, converted, tokens_BT, kv_heads, method, device)
+        converted |= fitted
+    except (MemoryError, RuntimeError) as error:
+        if not _no_memory(error):
+            raise
+        warnings.warn("no memory for the joint refit: blocks stay as each was refitted by itself",
+                      stacklevel=3)
+    return (ConvertedBlock(None, block_weights(converted, i), report)
+            for i, report in enumerate(reports)), report
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Whether it is torch's or Python's way to say so."""
+    return isinstance(error, MemoryError) or "allocate" in str(error)
+
+
+@torch.no_grad()
 def convert(
     model: PathLike, out_dir: PathLike, kv_heads: int, corpus: "Corpus", method: Method = Method(),
     device: str = "auto", dry_run: bool = False
@@ -1632,7 +1615,7 @@ def convert(
     "mha2gqa"; `dry_run` ends there, after all checks but that of the disk's size.
     Hidden states and products are in float32, on a GPU products in bf16; the output keeps the
     source's dtype. Memory holds one block and the tokens' hidden states, however deep the model; in
-    the joint refit some 20 bytes for each weight of attention, too.
+    the joint refit some 18 bytes for each weight of attention, too.
 
     `out_dir` becomes a Hugging Face directory with `mha2gqa.json`, the report: scores in
     nats/token, sizes in bytes, times in seconds. It is there whole or not at all. Raises
@@ -1645,35 +1628,26 @@ def convert(
     config, weights = load_checkpoint(folder)
     companion_files(folder)
     rows, held_out = text_rows(folder, config, corpus, method.seed)
-    rows = calibration_rows(rows)
-    check_calibration_rows(rows, method)
+    rows = calibration_rows(rows, method)
     report = report_header(model, config, weights, kv_heads, method) | {
         "device": str(place), "corpus": dataclasses.asdict(corpus),
         "tokens": {"calibration": rows.numel(), "calibration_seq_len": rows.shape[1],
                    "held_out": held_out.numel(), "seq_len": held_out.shape[1]}}
-    _check_finite(non_block_weights(weights))
-    _say_plan(report, config, method, (1 + _copies(config, rows, method)) * rows.numel(), place)
+    _say_plan(report, config, method, place)
     if dry_run:
         return report
-    new_config = gqa_config(config, kv_heads)
-    with new_checkpoint(out_dir, new_config, weights, folder) as writer:
-        rows = with_resampled_rows(config, weights, rows, method, place)
-        x_BTD = embed(weights, rows, place)
-        walk = converted_blocks(config, weights, x_BTD, kv_heads, method)
-        blocks: Iterable[ConvertedBlock] = progress(walk, "convert", config.num_hidden_layers)
-        if method.joint:
-            blocks, report["joint_kl"] = joint_refit(
-                config, weights, blocks, rows, x_BTD, kv_heads, method.seed)
-        report |= _write_and_score(
-            writer.write, config, new_config, weights, blocks, held_out, place)
+    with new_checkpoint(out_dir, gqa_config(config, kv_heads), weights, folder) as writer:
+        blocks, of_all = _converted(config, weights, rows, kv_heads, method, place)
+        report |= of_all | _write_and_score(
+            writer.write, config, weights, kv_heads, blocks, held_out, place)
         report |= {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak_memory(place)}
         write_report(writer.folder, report, folder)
     return report
 
 
 def _write_and_score(
-    write: Callable[[Weights], None], config: LlamaConfig, new_config: LlamaConfig,
-    weights: Weights, blocks: Iterable[ConvertedBlock], held_out_BT: Tensor, device: torch.device
+    write: Callable[[Weights], None], config: LlamaConfig, weights: Weights, kv_heads: int,
+    blocks: Iterable[ConvertedBlock], held_out_BT: Tensor, device: torch.device
 ) -> dict[str, Any]:
     """Write the blocks, and run the held-out tokens through three models at once.
 
@@ -1681,18 +1655,17 @@ def _write_and_score(
     see `_mean_scores`; and what each block says of itself, with "hidden_state_error", that of the
     written model on the held-out rows.
     """
-    layers = []
+    layers, new_config = [], gqa_config(config, kv_heads)
     source_x = embed(weights, held_out_BT, device)
     pooled_x, converted_x = source_x.clone(), source_x.clone()
     for i, block in enumerate(blocks):
-        pooled = _cast_like(
-            block.source, merge(block.source, config, new_config.num_key_value_heads))
-        _run_block_(config, block.source, source_x, f"block {i}")
+        source = read_block(weights, i, device)
+        pooled = _cast_like(source, merge(source, config, kv_heads))
+        _run_block_(config, source, source_x, f"block {i}")
         _run_block_(new_config, pooled, pooled_x, f"mean-pooled block {i}")
         _run_block_(new_config, block.converted, converted_x, f"converted block {i}")
-        rows = zip(converted_x, source_x, strict=True)
-        error = sum(_hidden_state_error(*row).item() for row in rows) / len(source_x)
-        layers.append({**block.report, "hidden_state_error": error})
+        errors = [*map(_hidden_state_error, converted_x, source_x)]  # row by row
+        layers.append({**block.report, "hidden_state_error": torch.stack(errors).mean().item()})
         write({block_prefix(i) + n: w for n, w in block.converted.items()})
     write(non_block_weights(weights))
     streams = {"source": source_x, "mean_pooled": pooled_x, "converted": converted_x}
@@ -1721,27 +1694,20 @@ def _mean_scores(
     """{"loss", "kl"} of each stream, that is KL(source ‖ it), in nats/token over the T − 1
     predictions of a row.
 
-    streams: hidden states (B, T, D) after the last block; one of them is "source". Raises
-    ValueError for logits that are not finite.
+    streams: hidden states (B, T, D) after the last block; one of them is "source".
     """
-    readout, n_predictions = _readout(config, weights, streams["source"]), tokens_BT.shape[1] - 1
-    tokens_BT = tokens_BT.to(streams["source"].device)
-    sums = dict.fromkeys(streams, torch.zeros(2, dtype=torch.float64, device=tokens_BT.device))
-    for row, tokens_T in enumerate(tokens_BT):
-        for at in range(0, n_predictions, 256):
-            here = slice(at, min(at + 256, n_predictions))
-            logits = {name: readout(x[row, here]) for name, x in streams.items()}
+    readout, device = _readout(config, weights, streams["source"]), streams["source"].device
+    sums = dict.fromkeys(streams, torch.zeros(2, dtype=torch.float64, device=device))
+    for row, tokens_T in enumerate(tokens_BT.to(device)):
+        for at in torch.arange(len(tokens_T) - 1, device=device).split(256):
+            logits = {name: readout(x[row, at]) for name, x in streams.items()}
             for name, x_TV in logits.items():
-                loss = F.cross_entropy(x_TV, tokens_T[1:][here], reduction="sum")
+                loss = F.cross_entropy(x_TV, tokens_T[at + 1], reduction="sum")
                 kl = kl_loss(x_TV, logits["source"]).sum()
                 sums[name] = sums[name] + torch.stack([loss, kl])
-    n = len(tokens_BT) * n_predictions
-    means = {name: dict(zip(("loss", "kl"), (total / n).tolist(), strict=True))
-             for name, total in sums.items()}
-    for name, of in means.items():
-        if not math.isfinite(of["loss"]):
-            raise ValueError(f"the {name.replace('_', '-')} model's logits are not finite")
-    return means
+    n = tokens_BT[:, 1:].numel()
+    return {name: dict(zip(("loss", "kl"), (total / n).tolist(), strict=True))
+            for name, total in sums.items()}
 
 
 def _readout(config: LlamaConfig, weights: Weights, like: Tensor) -> Callable[[Tensor], Tensor]:
@@ -1845,37 +1811,53 @@ def load_checkpoint(path: PathLike) -> tuple[LlamaConfig, dict[str, Tensor]]:
     for file in _weight_files(Path(path)):
         weights |= {re.sub(wrappers, "", name): w for name, w in _read_tensors(file).items()
                     if ".rotary_emb." not in name}
+    try:
+        return config, _check_weights(config, weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: its weights are not those of config.json: {error}") from None
+
+
+def _check_weights(config: LlamaConfig, weights: Weights) -> dict[str, Tensor]:
+    """The weights without a copy of tied embeddings; ValueError if they are not the config's."""
+    weights = dict(weights)
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         # A file may hold both of the tied tensors, or only one of them, under either name.
         head = weights.pop("lm_head.weight")
         if not torch.equal(weights.setdefault("model.embed_tokens.weight", head), head):
-            raise ValueError(f"{path}: tie_word_embeddings is true in config.json, but the weights "
-                             "have a head of their own; set it to false, or remove lm_head.weight")
+            raise ValueError("tie_word_embeddings is true, but there is a head of its own; set it "
+                             "to false, or remove lm_head.weight")
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} is {weight.dtype}, expected float32, float16 or bfloat16 "
+                             "(quantised weights must be dequantised first)")
     try:
-        for name, weight in weights.items():
-            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ValueError(f"{name} is {weight.dtype}, expected float32, float16 or bfloat16 "
-                                 "(quantised weights must be dequantised first)")
         with torch.device("meta"):
             Llama(config).load_state_dict(weights, assign=True)
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         reason = "; ".join(textwrap.shorten(s, 150) for s in str(error).splitlines()[:3])
-        raise ValueError(f"{path}: its weights are not those of config.json: {reason}") from None
-    return config, weights
+        raise ValueError(reason) from None
+    return weights
 
 
 def load_config(path: PathLike) -> LlamaConfig:
     """The config of a model directory; raises ValueError that names what is not supported."""
     file = Path(path) / "config.json"
-    raw = read_json(file)
+    return parse_config(read_json(file), f"{file}: ")
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "") -> LlamaConfig:
+    """The config of config.json's keys, from anywhere, as `model.config.to_dict()` of transformers.
+
+    Raises ValueError that names what is not supported, behind `where`.
+    """
     try:
         return _parse_config(raw)
     except (ValueError, TypeError, AttributeError) as error:  # the last two: of values' types
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{where}{error}") from None
 
 
 def _parse_config(raw: Mapping[str, Any]) -> LlamaConfig:
-    """The config of a parsed config.json; raises ValueError that names what is not supported."""
+    """`parse_config`, which says what values of another type raise here."""
     raw = {**raw, "model_type": "llama"} if raw.get("model_type") == "Yi" else raw
     rope = _rope_parameters(raw)
     _refuse_unsupported(raw, rope)
@@ -2168,14 +2150,6 @@ def row_length(config: LlamaConfig, seq_len: int | None) -> int:
     return seq_len
 
 
-def check_calibration_rows(rows_BT: Tensor, method: Method) -> None:
-    """Raise ValueError without a row to calibrate with; of a refit, one more to judge it by."""
-    if len(rows_BT) < (least := 2 if method.refit or method.joint else 1):
-        raise ValueError(f"{least} rows of {rows_BT.shape[1]} tokens are needed to calibrate with, "
-                         f"found {len(rows_BT)}; more text, a smaller --seq-len, or --no-refit and "
-                         "--no-joint")
-
-
 class _Documents(Sequence[str]):
     """The documents of text files that are not blank, in their order.
 
@@ -2342,12 +2316,12 @@ def report_header(
 
 
 def _say_plan(
-    report: Mapping[str, Any], config: LlamaConfig, method: Method, n_tokens: int,
-    device: torch.device
+    report: Mapping[str, Any], config: LlamaConfig, method: Method, device: torch.device
 ) -> None:
-    """Log what a conversion will do, and the memory that it takes with so many calibration tokens;
-    warn if the joint refit, which comes last, would not find it."""
+    """Log what a conversion will do, and the memory that it takes; warn if the joint refit, which
+    comes last, would not find it."""
     heads, tokens, d = report["kv_heads"], report["tokens"], config.hidden_size
+    n_tokens = tokens["calibration"] * (1 + _copies(config, tokens["calibration"], method))
     attention = 2 * d * config.head_dim * (config.num_attention_heads + heads["source"])
     mlp, kv = 3 * d * config.intermediate_size, heads["source"] * config.head_dim
     streams = 4 * d * (n_tokens * (2 if method.refit else 1) + 3 * tokens["held_out"])
@@ -2576,7 +2550,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not a.dry_run:
                 print(f"\n{table(report)}\nwritten to {a.out}")
     except (ValueError, OSError, MemoryError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # not out of memory
+        if isinstance(error, RuntimeError) and not _no_memory(error):
             raise
         print(f"error: {str(error).splitlines()[0] if str(error) else 'not enough memory'}",
               file=sys.stderr)

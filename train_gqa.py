@@ -824,7 +824,7 @@ def read_data(args: Namespace, source: Checkpoint) -> dict[str, TokenBatch]:
     if len(train) > 1:  # shuffled: calibration takes the first rows, which should be of both kinds
         rows = rows[epoch_order(len(rows), seed, 0)]
     if not args.start:
-        mha2gqa.check_calibration_rows(rows.tokens, args.method)
+        mha2gqa.calibration_rows(rows.tokens, args.method)  # raises if they are too few
     return data | {"train": rows}
 
 
@@ -930,13 +930,10 @@ def student_blocks(
 ) -> Iterator[dict[str, Tensor]]:
     """The converted blocks; if `fading` the rotated blocks with the new KV heads beside the old.
 
-    rows: to calibrate with, see `TokenBatch.to`. `layers` gets the blocks' reports.
+    rows: to calibrate with. `layers` gets the blocks' reports.
     """
-    tokens_BT = mha2gqa.calibration_rows(rows.tokens)
-    document_BT = None if rows.document is None else mha2gqa.calibration_rows(rows.document)
-    x_BTD = mha2gqa.embed(origin.weights, tokens_BT, tokens_BT.device)
-    blocks = mha2gqa.converted_blocks(
-        origin.config, origin.weights, x_BTD, kv_heads, method, document_BT)
+    blocks = mha2gqa.converted_blocks(origin.config, origin.weights, rows.tokens, kv_heads, method,
+                                      compute_device(), rows.document)
     for block in progress(blocks, "convert", origin.config.num_hidden_layers):
         layers.append(block.report)
         new = {name.replace("_proj.", "_proj.new."): w for name, w in block.converted.items()
@@ -1011,7 +1008,7 @@ class Run:
             if self.start:
                 load_sharded(student, self.start.parts())
             else:
-                rows = calibration_batch(args, self.data["train"]).to(compute_device())
+                rows = calibration_batch(args, self.data["train"])
                 self.report["layers"] = []
                 load_sharded(student, origin.parts(student_blocks(
                     origin, rows, kv_heads, args.method, args.masks, self.report["layers"])))
