@@ -74,13 +74,12 @@ from torch.utils.checkpoint import checkpoint
 
 __version__ = "0.3.0"
 __all__ = [
-    "LlamaConfig", "Llama", "load_config", "load_checkpoint", "load_tokenizer", "new_checkpoint",
-    "parse_config", "Corpus", "text_rows", "Method", "convert", "convert_weights", "evaluate",
-    "plot",
-    "converted_blocks", "refit_block", "joint_refit", "block_statistics",
-    "procrustes", "rope_procrustes", "generalized_procrustes", "shared_keys", "shared_values",
-    "head_similarity", "discarded_energy", "anneal_groups", "HeadMaps", "transform", "merge",
-    "hard_concrete", "l0_loss", "kl_loss", "bild_loss",
+    "LlamaConfig", "Llama", "parse_config", "load_config", "load_checkpoint", "load_tokenizer",
+    "new_checkpoint", "Corpus", "text_rows", "Method", "convert_weights", "convert", "evaluate",
+    "plot", "converted_blocks", "refit_block", "joint_refit", "block_statistics", "procrustes",
+    "rope_procrustes", "generalized_procrustes", "shared_keys", "shared_values", "head_similarity",
+    "discarded_energy", "anneal_groups", "HeadMaps", "transform", "merge", "hard_concrete",
+    "l0_loss", "kl_loss", "bild_loss",
 ]
 
 PathLike = str | os.PathLike[str]
@@ -566,14 +565,6 @@ def _check_pair(a_NE: Tensor, b_NE: Tensor) -> None:
         raise ValueError(f"expected two matrices (N, E) of one shape, found {found}")
 
 
-def _as_heads_of_dim_1(gram_PMM: Tensor) -> Tensor:
-    """(…, P, M, M) → (…, P, M, M, 1, 1): a RoPE plane is a head of one complex number.
-
-    Conjugated, because C_ij = X_iᴴ X_j = Σ conj(z_i) z_j, whereas `key_gram` is Σ z_i conj(z_j).
-    """
-    return gram_PMM.conj()[..., None, None]
-
-
 def _inner_products(gram: Tensor, maps: Tensor) -> Tensor:
     """Re⟨Y_i, Y_j⟩ (…, M, M) of the mapped heads Y_i = X_i q_i: Re tr(q_iᴴ C_ij q_j)."""
     left = maps.mH[..., :, None, :, :] @ gram  # (…, M, M, E, E)
@@ -606,7 +597,8 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
     """
     if gram.ndim < (3 if rope else 4) or gram.shape[-1] != gram.shape[-2]:
         raise ValueError(f"expected a Gram (…, M, M, E, E) or (…, P, M, M), found {[*gram.shape]}")
-    gram = _as_heads_of_dim_1(gram) if rope else gram
+    # A RoPE plane is a head of one complex number; and Σ z_i conj(z_j) = conj(X_iᴴ X_j).
+    gram = gram.conj()[..., None, None] if rope else gram
     maps = _polar(gram[..., :, 0, :, :])  # the start: every head onto the first (eq. 6)
     maps[..., 0, :, :] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     history = [_inner_products(gram, maps).triu(1).sum((-1, -2))]
@@ -1039,12 +1031,12 @@ class Method:
 class ConvertedBlock:
     """What `converted_blocks` yields; weights are named as in `Block`.
 
-    aligned: with its units mapped and in the order of their groups, before the merge; None after a
+    aligned: with its units mapped and in the order of their groups, before the merge; empty after a
     refit, which changes other weights, too. converted: the result, in the source's dtype. report:
     its groups and how well they fit.
     """
 
-    aligned: dict[str, Tensor] | None
+    aligned: dict[str, Tensor]
     converted: dict[str, Tensor]
     report: dict[str, Any]
 
@@ -1074,11 +1066,10 @@ def converted_blocks(
         groups, of_pairs = _choose_groups(statistics, kv_heads, method, seed)
         maps, of_maps = _align_groups(statistics, groups, method)
         report = {"groups": groups, **of_pairs, **of_maps}
-        mapped = transform(source, config, sum(groups, []), maps)
-        converted = _cast_like(source, merge(mapped, config, kv_heads))
-        aligned = None if method.refit else mapped
-        del mapped  # in float64: too large to keep through a refit
+        aligned = transform(source, config, sum(groups, []), maps)
+        converted = _cast_like(source, merge(aligned, config, kv_heads))
         if method.refit:
+            aligned = {}  # in float64: too large to keep
             converted, report["refit"] = refit_block(
                 new_config, converted, converted_x, source_x, seed, document_BT)
             _run_block_(new_config, converted, converted_x, f"converted block {i}", document_BT)
@@ -1135,8 +1126,7 @@ def _align_groups(
         values, value_inverses, kept["value"] = shared_values(
             value_GMMEE, statistics.output_KEE[g_GM])
     maps = HeadMaps(*(t.flatten(0, 1) for t in (keys, values, key_inverses, value_inverses)))
-    energy_kept = {name: share.mean().item() for name, share in kept.items()}
-    return maps, ({"energy_kept": energy_kept} if kept else {})
+    return maps, {"energy_kept": {name: share.mean().item() for name, share in kept.items()}}
 
 
 def _rotated_keys(
@@ -1258,7 +1248,7 @@ def refit_rows(
     document_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The `calibration_rows` and, behind them, more text of the same kind for a refit: `_copies` of
-    them, each with half of its tokens replaced. Returns (rows, their documents), on the CPU.
+    them, each with half of its tokens replaced. Returns (rows, their documents).
 
     What replaces them is drawn from what the source predicts there, given the row as it is. Such
     text reads badly, but served a refit as well as text that the model wrote from scratch; and it
@@ -1273,17 +1263,17 @@ def refit_rows(
         return tokens_BT, document_BT
     n_judges = _held_out_rows((copies + 1) * len(tokens_BT))  # of `_fit`, or one more
     x_BTD = _hidden_states(config, weights, tokens_BT, device, "resample", document_BT)
-    readout = _readout(config, weights, x_BTD)
+    tokens_BT, readout = tokens_BT.to(x_BTD.device), _readout(config, weights, x_BTD)
     generator = torch.Generator(x_BTD.device).manual_seed(method.seed)
-    found_CBT = tokens_BT[n_judges:].repeat(copies, 1, 1)
-    for b, x_TD in enumerate(x_BTD[n_judges:, :-1]):
-        drawn_TC = readout(x_TD).softmax(-1).multinomial(copies, True, generator=generator)
-        half_TC = torch.rand(drawn_TC.shape, generator=generator, device=x_TD.device) < 0.5
-        kept_CT = found_CBT[:, b, 1:]
-        kept_CT.copy_(torch.where(half_TC, drawn_TC, kept_CT.mT.to(x_TD.device)).mT)
+    drawn_BTC = torch.stack([
+        readout(x_TD).softmax(-1).multinomial(copies, replacement=True, generator=generator)
+        for x_TD in x_BTD[n_judges:, :-1]])
+    drawn_CBT, copies_CBT = drawn_BTC.movedim(-1, 0), tokens_BT[n_judges:].repeat(copies, 1, 1)
+    half_CBT = torch.empty_like(drawn_CBT).bernoulli_(0.5, generator=generator).bool()
+    copies_CBT[..., 1:] = torch.where(half_CBT, drawn_CBT, copies_CBT[..., 1:])
     if document_BT is not None:
         document_BT = torch.cat([document_BT, document_BT[n_judges:].repeat(copies, 1)])
-    return torch.cat([tokens_BT, found_CBT.flatten(0, 1)]), document_BT
+    return torch.cat([tokens_BT, copies_CBT.flatten(0, 1)]), document_BT
 
 
 def _copies(config: LlamaConfig, n_tokens: int, method: Method) -> int:
@@ -1336,14 +1326,12 @@ def _fit(
     size = max(1, _REFIT_TOKENS // tokens_BT.shape[1])
     held_out, rows = torch.arange(len(tokens_BT)).tensor_split([_held_out_rows(len(tokens_BT))])
     generator = torch.Generator().manual_seed(seed)
-    epochs = 1 if joint else _refit_epochs(tokens_BT.numel())
-    orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
-    batches = [batch for order in orders for batch in rows[order].split(size)]
+    batches = [batch for _ in range(1 if joint else _refit_epochs(tokens_BT.numel()))
+               for batch in rows[torch.randperm(len(rows), generator=generator)].split(size)]
     new = {name: at_least_float32(w).clone().requires_grad_() for name, w in weights.items()}
 
     def held_out_loss(w):
-        parts = held_out.split(size)
-        return sum(len(part) * loss(w, part).item() for part in parts) / len(held_out)
+        return sum(len(r) * loss(w, r).item() for r in held_out.split(size)) / len(held_out)
 
     before = held_out_loss(weights)
     root = math.sqrt(max(before, 0))  # KL is quadratic in what is wrong with the logits
@@ -1580,12 +1568,10 @@ def _converted(
     blocks = progress(walk, "convert", config.num_hidden_layers)
     if not method.joint:
         return blocks, {}
-    reports, report = list[dict[str, Any]](), dict[str, Any](joint_kl=None)
-    converted = dict(weights)
+    reports, converted, report = list[Any](), dict(weights), dict[str, Any](joint_kl=None)
     for i, block in enumerate(blocks):
         reports.append(block.report)
         converted |= {block_prefix(i) + n: w for n, w in _trainable(block.converted).items()}
-        del block  # or the last one would stay in memory
     try:
         fitted, report["joint_kl"] = joint_refit(
             config, weights, converted, tokens_BT, kv_heads, method, device)
@@ -1595,7 +1581,7 @@ def _converted(
             raise
         warnings.warn("no memory for the joint refit: blocks stay as each was refitted by itself",
                       stacklevel=3)
-    return (ConvertedBlock(None, block_weights(converted, i), report)
+    return (ConvertedBlock({}, block_weights(converted, i), report)
             for i, report in enumerate(reports)), report
 
 

@@ -894,7 +894,8 @@ def test_pairs_in_the_report_are_those_of_the_caches(trained, corpus, group, sol
     """Before: of the source's heads. After: each turned onto the other one."""
     config, weights = m.load_checkpoint(trained / "mha")
     rows_BT, block = m.text_rows(trained / "mha", config, corpus)[0], m.block_weights(weights, 0)
-    normed = m._rms_norm(m.embed(weights, rows_BT, "cpu"), block["input_layernorm.weight"], 1e-5).flatten(0, 1)
+    x_BTD = m.embed(weights, rows_BT, "cpu")
+    normed = m._rms_norm(x_BTD, block["input_layernorm.weight"], 1e-5).flatten(0, 1)
     heads_NKE = F.linear(normed, block[f"self_attn.{group[0]}_proj.weight"]).unflatten(1, (8, 16))
     if metric == "cos":
         heads_NKE = heads_NKE / heads_NKE.norm(dim=-1, keepdim=True)
@@ -1031,8 +1032,8 @@ def test_resampled_rows_are_half_the_text_and_half_the_source_s_predictions():
     weights = random_weights(config)
     weights["lm_head.weight"] = 1000 * weights["lm_head.weight"]  # one token is certain
     tokens_BT = random_tokens(config, batch=10, time=48)
-    found, again, other = (
-        m.refit_rows(config, weights, tokens_BT, m.Method(seed=seed), None)[0] for seed in (0, 0, 1))
+    (found, _), (again, _), (other, _) = (
+        m.refit_rows(config, weights, tokens_BT, m.Method(seed=seed), None) for seed in (0, 0, 1))
     n_judges = math.ceil(8 * 10 / 40)  # of the rows and seven copies
     assert len(found) == 10 + 7 * (10 - n_judges) and torch.equal(found[:10], tokens_BT)
     assert torch.equal(found, again) and not torch.equal(found, other)
