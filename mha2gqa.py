@@ -2308,16 +2308,18 @@ def _say_plan(
     comes last, would not find it."""
     heads, tokens, d = report["kv_heads"], report["tokens"], config.hidden_size
     n_tokens = tokens["calibration"] * (1 + _copies(config, tokens["calibration"], method))
-    attention = 2 * d * config.head_dim * (config.num_attention_heads + heads["source"])
+    before, after = (2 * d * config.head_dim * (config.num_attention_heads + n)
+                     for n in (heads["source"], heads["converted"]))  # attention's weights a block
     mlp, kv = 3 * d * config.intermediate_size, heads["source"] * config.head_dim
-    streams = 4 * d * (n_tokens * (2 if method.refit else 1) + 3 * tokens["held_out"])
-    # A block in float32, three times in a refit; what maps it or its gradients and moments; Gram
-    # matrices; activations. In the joint refit all attention, the head and logits of 256 tokens.
-    block = 4 * (attention + mlp) * (3 if method.refit else 1) + 20 * attention
-    block += 32 * kv**2 + 2**16 * d
-    joint = (20 * attention + 2048 * d) * config.num_hidden_layers
-    joint += 8 * config.vocab_size * (d + 1024)
-    needed = 5e8 + streams + max(block, joint if method.joint else 0)
+    # Measured. Hidden states; attention and Gram matrices in float64, or a block in float32 and
+    # bf16 with what trains it, and activations. Then a file's tensors, and the held-out streams.
+    block = max(16 * before + 24 * kv**2, (6 * mlp + 16 * after + 2**16 * d) * bool(method.refit))
+    walk = 4 * d * n_tokens * (2 if method.refit else 1) + block
+    score = 10**9 + 12 * d * tokens["held_out"]
+    # All attention with gradients and moments, activations between blocks, the head, logits.
+    joint = 4 * d * n_tokens + config.num_hidden_layers * (18 * after + 2048 * d)
+    joint += 4 * config.vocab_size * (d + 9 * 512) + 6 * (mlp + after)
+    needed = 3e8 + (max(walk, joint, score + block) if method.joint else walk + score)
     way = ", ".join(f"{name} {value}" for name, value in report["method"].items())
     _log.info(
         f"{config.num_hidden_layers} blocks, {heads['source']} to {heads['converted']} KV heads "

@@ -1043,6 +1043,21 @@ def test_resampled_rows_are_half_the_text_and_half_the_source_s_predictions():
     assert 0.4 < (found[10:] == text).float().mean() < 0.65
 
 
+def test_copies_of_packed_rows_have_their_documents():
+    """And what is drawn is predicted within each."""
+    config = config_of(tie_word_embeddings=False)
+    weights = random_weights(config)
+    weights["lm_head.weight"] = 1e5 * weights["lm_head.weight"]  # one token is certain
+    tokens_BT, document_BT = random_tokens(config, batch=6, time=40), torch.zeros(6, 40).long()
+    document_BT[:, 25:] = 1 + torch.arange(6)[:, None]
+    rows, document = m.refit_rows(config, weights, tokens_BT, m.Method(), None, document_BT)
+    of_row = torch.cat([torch.arange(6), torch.arange(2, 6).repeat(7)])  # two rows judge a refit
+    assert torch.equal(document, document_BT[of_row])
+    predicted = logits_of(config, weights, tokens_BT, document_BT=document_BT).argmax(-1)[of_row]
+    assert ((rows == tokens_BT[of_row]) | (rows == predicted.roll(1, 1)))[6:, 1:].all()
+    assert (rows != tokens_BT[of_row])[6:].any(0)[1:].all()
+
+
 def test_resampled_tokens_follow_the_source_s_predictions():
     config = config_of(vocab_size=5)
     weights, tokens_BT = random_weights(config), torch.tensor([[1, 3]]).repeat(900, 1)
@@ -1062,6 +1077,67 @@ def test_long_rows_are_cut_for_a_refit(length, cut):
 
 
 # ---- 8 convert and evaluate ----------------------------------------------------------------------
+
+
+def readme_block(start):
+    """The code of README.md that begins so, without what it ends with."""
+    readme = (Path(__file__).parent / "README.md").read_text()
+    return start + readme.split(f"```python\n{start}", 1)[1].split("```", 1)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gqa", "mha"])  # with tied embeddings, without
+def test_a_model_of_transformers_is_converted_in_memory(trained, corpus, converted, name):
+    """As README does it; and it is the conversion of the files, to the last bit."""
+    from transformers import AutoModelForCausalLM
+
+    model, (out, report) = transformers_model(trained / name), converted(name, 2)
+    config, _ = m.load_checkpoint(trained / name)
+    tokens_BT, held_out_BT = m.text_rows(trained / name, config, corpus)
+    given = {n: w.clone() for n, w in model.state_dict().items()}
+    names = {"model": model, "tokens_BT": tokens_BT, "AutoModelForCausalLM": AutoModelForCausalLM}
+    code = readme_block("config = mha2gqa").replace("=8", "=2").replace("= 8", "= 2")
+    exec(code, {"mha2gqa": m}, names)
+    assert names["new_config"] == m.load_config(out) and same_weights(given, model.state_dict())
+    made, written = names["gqa"].state_dict(), m.load_checkpoint(out)[1]
+    assert same_weights({n: w for n, w in made.items() if n in written}, written)
+    assert names["report"]["joint_kl"] == report["joint_kl"]
+    with torch.no_grad():
+        logits = names["gqa"](held_out_BT).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), held_out_BT[:, 1:].flatten()).item()
+    assert loss == pytest.approx(losses(report)["converted"], rel=1e-5)
+
+
+def test_what_cannot_be_converted_in_memory_is_said():
+    config = config_of("tied")
+    weights, tokens_BT = random_weights(config), random_tokens(config)
+    for change, message in (
+            ({"lm_head.weight": torch.zeros(120, 48)}, "but there is a head of its own"),
+            ({"model.norm.weight": torch.ones(3)}, "size mismatch for model.norm.weight"),
+            ({"model.norm.weight": torch.full((48,), math.nan)}, "norm.weight holds values"),
+            ({"x": torch.ones(3)}, 'Unexpected key.*"x"')):
+        with pytest.raises(ValueError, match=message):
+            m.convert_weights(config, weights | change, tokens_BT, 2)
+    for tokens, kv_heads, message in ((tokens_BT[:1], 2, "2 rows of 40 tokens"),
+                                      (tokens_BT, 3, "3 KV heads: the source has 4")):
+        with pytest.raises(ValueError, match=message):
+            m.convert_weights(config, weights, tokens, kv_heads)
+
+
+def test_without_memory_for_the_joint_refit_blocks_stay_refitted(monkeypatch):
+    config = config_of()
+    start = config, random_weights(config), random_tokens(config, batch=6), 2
+    monkeypatch.setattr(m, "_copies", lambda *_: 0)
+    _, alone, report = m.convert_weights(*start, m.Method(joint=False))
+    assert "joint_kl" not in report
+    no_memory = RuntimeError("[enforce fail at alloc_cpu.cpp:117] can't allocate memory")
+    monkeypatch.setattr(m, "checkpoint", mock.Mock(side_effect=no_memory))
+    with pytest.warns(UserWarning, match="no memory for the joint refit"):
+        _, found, report = m.convert_weights(*start)
+    assert same_weights(found, alone) and report["joint_kl"] is None
+    monkeypatch.setattr(m, "checkpoint", mock.Mock(side_effect=RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        m.convert_weights(*start)
 
 
 @pytest.mark.slow
