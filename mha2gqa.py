@@ -1579,8 +1579,7 @@ def _converted(
     except (MemoryError, RuntimeError) as error:
         if not _no_memory(error):
             raise
-        warnings.warn("no memory for the joint refit: blocks stay as each was refitted by itself",
-                      stacklevel=3)
+        warnings.warn("no memory for the joint refit: blocks stay as they are", stacklevel=3)
     return (ConvertedBlock({}, block_weights(converted, i), report)
             for i, report in enumerate(reports)), report
 
@@ -1659,9 +1658,7 @@ def _write_and_score(
 
 
 @torch.no_grad()
-def evaluate(
-    model: PathLike, corpus: "Corpus", seed: int = 0, device: str = "auto"
-) -> dict[str, Any]:
+def evaluate(model: PathLike, corpus: "Corpus", seed: int = 0, device: str = "auto") -> dict:
     """{"loss", in nats/token, "held_out_tokens"} of a model, with the same protocol as `convert`.
 
     With the same corpus and seed the held-out rows are the same. Raises ValueError for bad input.
@@ -2306,16 +2303,17 @@ def _say_plan(
 ) -> None:
     """Log what a conversion will do, and the memory that it takes; warn if the joint refit, which
     comes last, would not find it."""
-    heads, tokens, d = report["kv_heads"], report["tokens"], config.hidden_size
+    heads, tokens, d, e = report["kv_heads"], report["tokens"], config.hidden_size, config.head_dim
     n_tokens = tokens["calibration"] * (1 + _copies(config, tokens["calibration"], method))
-    before, after = (2 * d * config.head_dim * (config.num_attention_heads + n)
-                     for n in (heads["source"], heads["converted"]))  # attention's weights a block
-    mlp, kv = 3 * d * config.intermediate_size, heads["source"] * config.head_dim
-    # Measured. Hidden states; attention and Gram matrices in float64, or a block in float32 and
-    # bf16 with what trains it, and activations. Then a file's tensors, and the held-out streams.
+    # A block's weights: attention as it is and converted, MLP.
+    before, after = (2 * d * e * (config.num_attention_heads + n) for n in heads.values())
+    mlp, kv = 3 * d * config.intermediate_size, heads["source"] * e
+    model = config.num_hidden_layers * (after + mlp) + config.vocab_size * d
+    # Bytes, measured. Hidden states; attention and Gram matrices in float64, or a block in float32
+    # and bf16 with what trains it, and activations. Then the file to write, the held-out streams.
     block = max(16 * before + 24 * kv**2, (6 * mlp + 16 * after + 2**16 * d) * bool(method.refit))
     walk = 4 * d * n_tokens * (2 if method.refit else 1) + block
-    score = 10**9 + 12 * d * tokens["held_out"]
+    score = min(2 * model, _SHARD_BYTES) + 12 * d * tokens["held_out"]
     # All attention with gradients and moments, activations between blocks, the head, logits.
     joint = 4 * d * n_tokens + config.num_hidden_layers * (18 * after + 2048 * d)
     joint += 4 * config.vocab_size * (d + 9 * 512) + 6 * (mlp + after)
