@@ -1371,9 +1371,7 @@ def _muon(weights: Weights, head_dim: int, rate: float) -> Callable[[float], Non
         for name, w in weights.items():
             g: Any = w.grad
             u = g.lerp(momentum[name].lerp_(g, 0.15), 0.85)
-            with _autocast(w.device, max(w.shape), refit=True):
-                u_HED = _orthogonal(heads(name, u))
-            heads(name, w.detach()).sub_(u_HED, alpha=factor * scales[name])
+            heads(name, w.detach()).sub_(_orthogonal(heads(name, u)), alpha=factor * scales[name])
             w.grad = None
 
     return step
@@ -1382,14 +1380,17 @@ def _muon(weights: Weights, head_dim: int, rate: float) -> Callable[[float], Non
 def _orthogonal(u_HED: Tensor) -> Tensor:
     """Matrices with all their singular values made about 1 (0.7 to 1.2).
 
-    Five Newton-Schulz rounds, X ← aX + (bA + cA²)X with A = XXᵀ, from X = u / ‖u‖; a, b, c of
-    Jordan et al. 2024.
+    Five Newton-Schulz rounds, X ← P X with P = aI + bA + cA² and A = XXᵀ, from X = u / ‖u‖; a, b, c
+    of Jordan et al. 2024. All P are polynomials of the first A, and A becomes PAP: so the rounds
+    are made with these E × E matrices, a fifth of the work, and X is multiplied once.
     """
-    x = u_HED / u_HED.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    x_HED = u_HED / u_HED.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    a_HEE = x_HED @ x_HED.mT
+    all_HEE = unit = torch.eye(a_HEE.shape[-1], device=a_HEE.device)
     for _ in range(5):
-        a_HEE = x @ x.mT
-        x = 3.4445 * x + (2.0315 * a_HEE @ a_HEE - 4.7750 * a_HEE) @ x
-    return x
+        p_HEE = 3.4445 * unit - 4.7750 * a_HEE + 2.0315 * a_HEE @ a_HEE
+        all_HEE, a_HEE = p_HEE @ all_HEE, p_HEE @ a_HEE @ p_HEE
+    return all_HEE @ x_HED
 
 
 def _adam(weights: Weights, rate: float, without: Weights) -> Callable[[float], None]:
