@@ -72,7 +72,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "LlamaConfig", "Llama", "parse_config", "load_config", "load_checkpoint", "load_tokenizer",
     "new_checkpoint", "Corpus", "text_rows", "Method", "convert_weights", "convert", "evaluate",
