@@ -418,12 +418,15 @@ def block_statistics(
     """The statistics of a block on the hidden states that enter it.
 
     weights: the block's, named as in `Block`. metric: "cos" first scales every key and value vector
-    to length 1 (eq. 7, 8), "dist" does not.
+    to length 1 (eq. 7, 8), "dist" does not. Gram products, of some 4,096 tokens at a time, are made
+    in float32 at least, and summed up in float64. Of at most 65,536 tokens, which may leave
+    directions unseen, they are made in float64: rounding in float32 would look like energy there.
     """
     sums: dict[str, Tensor] = {}
 
     def add(name: str, products: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + products
+        double = torch.promote_types(products.dtype, torch.float64)
+        sums[name] = sums.get(name, 0) + products.to(double)
 
     for rows in x_BTD.split(max(1, 4096 // x_BTD.shape[1])):
         y_BTD = _rms_norm(rows, weights["input_layernorm.weight"].to(rows), config.rms_norm_eps)
@@ -433,10 +436,10 @@ def block_statistics(
                 f"self_attn.{name}_proj.bias", f"self_attn.{name}_norm.weight"))
             with _autocast(rows.device, rows.shape[-1]):
                 heads = F.linear(y_BTD, weight.to(rows), None if bias is None else bias.to(rows))
-            # subtle: in float64, since rounding would look like energy in unseen directions.
-            heads_NKE = heads.double().flatten(0, 1).unflatten(-1, (-1, config.head_dim))
+            heads = heads.double() if x_BTD[..., 0].numel() <= 65_536 else at_least_float32(heads)
+            heads_NKE = heads.flatten(0, 1).unflatten(-1, (-1, config.head_dim))
             if norm is not None:
-                add(f"{name} power", heads_NKE.square().sum((0, 2)))
+                add(f"{name} power", heads_NKE.double().square().sum((0, 2)))
                 heads_NKE = _rms_norm(heads_NKE, norm.to(heads_NKE), config.rms_norm_eps)
             if metric == "cos" and name != "q":
                 heads_NKE = F.normalize(heads_NKE, dim=-1)
@@ -606,9 +609,8 @@ def generalized_procrustes(gram: Tensor, rope: bool = False) -> tuple[Tensor, Te
     for _ in range(500):
         ahead = maps + ((run - 1) / (run + 2))[..., None, None, None] * (maps - before)
         for i in range(gram.shape[-4]):  # q_i ← polar(Σ_(j≠i) C_ij q_j)
-            others = [j for j in range(gram.shape[-4]) if j != i]
-            sums = (gram[..., i, others, :, :] @ ahead[..., others, :, :]).sum(-3)
-            ahead[..., i, :, :] = _polar(sums)
+            js = [j for j in range(gram.shape[-4]) if j != i]
+            ahead[..., i, :, :] = _polar((gram[..., i, js, :, :] @ ahead[..., js, :, :]).sum(-3))
         gain = _inner_products(gram, ahead).triu(1).sum((-1, -2)) - history[-1]
         moves = gain > 1e-8 * history[-1].abs()
         if not (moves | (run > 1)).any():
@@ -750,7 +752,6 @@ def discarded_energy(statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
     """
     k, e = statistics.output_KEE.shape[:2]
     s_KEE, pairs = statistics.output_KEE, torch.combinations(torch.arange(k))
-    s2_KEE = s_KEE @ s_KEE
     found = []  # (3: lost as they are, lost aligned, energy; keys or values; pairs)
     for chunk in pairs.split(64):  # all at once would be a gigabyte
         i, j = chunk[:, :, None], chunk[:, None, :]
@@ -769,7 +770,7 @@ def discarded_energy(statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
         z_apart = (z[..., 0, 0] + z[..., 1, 1] - 2 * z[..., 0, 1]).real
         v_apart = v[:, 0, 0] + v[:, 1, 1] - 2 * v[:, 0, 1]
         as_they_are = torch.stack([(root.square().sum(-1) * z_apart).sum(0),
-                                   (s2_KEE[chunk].sum(1) * v_apart).sum((1, 2))]) / 4
+                                   ((s_KEE @ s_KEE)[chunk].sum(1) * v_apart).sum((1, 2))]) / 4
         aligned = torch.stack([keys[..., 0].sum(0), values[:, :e].sum(1)])
         energy = torch.stack([keys.sum((0, 2)), values.sum(1)])
         found.append(torch.stack([as_they_are, aligned, energy]))
@@ -811,8 +812,7 @@ def anneal_groups(
     rng = np.random.default_rng(seed)
     group_RK = rng.permuted(np.tile(np.arange(k) * n_groups // k, (512, 1)), axis=1)
     group_RK = _metropolis_swaps(s, group_RK, 8 * k * k, temperature * s.std(), rng)
-    score_R = ((group_RK[:, :, None] == group_RK[:, None, :]) * s).sum((1, 2))
-    best_K = group_RK[score_R.argmax()]
+    best_K = group_RK[((group_RK[:, :, None] == group_RK[:, None, :]) * s).sum((1, 2)).argmax()]
     return sorted(np.flatnonzero(best_K == g).tolist() for g in range(n_groups))
 
 
@@ -1270,9 +1270,10 @@ def refit_rows(
         for x_TD in x_BTD[n_judges:, :-1]])
     drawn_CBT, copies_CBT = drawn_BTC.movedim(-1, 0), tokens_BT[n_judges:].repeat(copies, 1, 1)
     half_CBT = torch.empty_like(drawn_CBT).bernoulli_(0.5, generator=generator).bool()
-    copies_CBT[..., 1:] = torch.where(half_CBT, drawn_CBT, copies_CBT[..., 1:])
-    if document_BT is not None:
+    if document_BT is not None:  # the first token of each stays
+        half_CBT &= (document_BT[n_judges:].diff() == 0).to(half_CBT.device)
         document_BT = torch.cat([document_BT, document_BT[n_judges:].repeat(copies, 1)])
+    copies_CBT[..., 1:] = torch.where(half_CBT, drawn_CBT, copies_CBT[..., 1:])
     return torch.cat([tokens_BT, copies_CBT.flatten(0, 1)]), document_BT
 
 
@@ -1385,8 +1386,8 @@ def _orthogonal(u_HED: Tensor) -> Tensor:
     are made with these E × E matrices, a fifth of the work, and X is multiplied once.
     """
     x_HED = u_HED / u_HED.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
-    a_HEE = x_HED @ x_HED.mT
-    all_HEE = unit = torch.eye(a_HEE.shape[-1], device=a_HEE.device)
+    a_HEE = x_HED @ x_HED.mT  # subtle: A has the squares of singular values; TF32 is too coarse
+    all_HEE = unit = torch.eye(a_HEE.shape[-1], dtype=a_HEE.dtype, device=a_HEE.device)
     for _ in range(5):
         p_HEE = 3.4445 * unit - 4.7750 * a_HEE + 2.0315 * a_HEE @ a_HEE
         all_HEE, a_HEE = p_HEE @ all_HEE, p_HEE @ a_HEE @ p_HEE
@@ -1473,7 +1474,8 @@ def _empty_block(config: LlamaConfig) -> Block:
 
 def _forward(block: Block, weights: Weights, x_BTD: Tensor, rope_and_ends: tuple) -> Tensor:
     """The hidden states after a block with these weights, in the dtype and on the device of x."""
-    weights = {name: w.to(x_BTD) for name, w in weights.items()}
+    # subtle: both at once would cast in the host's memory, and send twice the bytes.
+    weights = {name: w.to(x_BTD.device).to(x_BTD.dtype) for name, w in weights.items()}
     return torch.func.functional_call(block, weights, (x_BTD, *rope_and_ends), strict=True)
 
 
@@ -1486,7 +1488,7 @@ def _run_block_(
     Raises ValueError with the block's name if they are not finite: every stream comes through here.
     """
     block, size = _empty_block(config), max(1, 4096 // x_BTD.shape[1])
-    weights = {n: w.to(x_BTD) for n, w in weights.items()}  # once for all rows
+    weights = {n: w.to(x_BTD.device).to(x_BTD.dtype) for n, w in weights.items()}  # once for all
     with _autocast(x_BTD.device, x_BTD.shape[-1]):
         for at in range(0, len(x_BTD), size):
             rows = slice(at, at + size)
@@ -1554,7 +1556,7 @@ def convert_weights(
     blocks, report = _converted(config, checked, tokens_BT, kv_heads, method, device)
     for i, block in enumerate(blocks):
         layers.append(block.report)
-        of_block = {block_prefix(i) + name: w for name, w in block.converted.items()}
+        of_block = {block_prefix(i) + name: w for name, w in _trainable(block.converted).items()}
         out |= {name: w.to(weights[name].device) for name, w in of_block.items()}
     return gqa_config(config, kv_heads), out, {**report, "layers": layers}
 
@@ -1573,6 +1575,7 @@ def _converted(
     for i, block in enumerate(blocks):
         reports.append(block.report)
         converted |= {block_prefix(i) + n: w for n, w in _trainable(block.converted).items()}
+        del block  # or the last one would stay in memory
     try:
         fitted, report["joint_kl"] = joint_refit(
             config, weights, converted, tokens_BT, kv_heads, method, device)
@@ -1581,13 +1584,13 @@ def _converted(
         if not _no_memory(error):
             raise
         warnings.warn("no memory for the joint refit: blocks stay as they are", stacklevel=3)
-    return (ConvertedBlock({}, block_weights(converted, i), report)
-            for i, report in enumerate(reports)), report
+    blocks = (ConvertedBlock({}, block_weights(converted, i), r) for i, r in enumerate(reports))
+    return blocks, report
 
 
-def _no_memory(error: BaseException) -> bool:
-    """Whether it is torch's or Python's way to say so."""
-    return isinstance(error, MemoryError) or "allocate" in str(error)
+def _no_memory(e: BaseException) -> bool:
+    """Whether it is torch's, CUDA's or Python's way to say so."""
+    return isinstance(e, MemoryError) or bool(re.search("alloc|out of memory", str(e), re.I))
 
 
 @torch.no_grad()
@@ -2309,12 +2312,11 @@ def _say_plan(
     # A block's weights: attention as it is and converted, MLP.
     before, after = (2 * d * e * (config.num_attention_heads + n) for n in heads.values())
     mlp, kv = 3 * d * config.intermediate_size, heads["source"] * e
-    model = config.num_hidden_layers * (after + mlp) + config.vocab_size * d
     # Bytes, measured. Hidden states; attention and Gram matrices in float64, or a block in float32
     # and bf16 with what trains it, and activations. Then the file to write, the held-out streams.
     block = max(16 * before + 24 * kv**2, (6 * mlp + 16 * after + 2**16 * d) * bool(method.refit))
     walk = 4 * d * n_tokens * (2 if method.refit else 1) + block
-    score = min(2 * model, _SHARD_BYTES) + 12 * d * tokens["held_out"]
+    score = min(10**9, 3 * mlp * config.num_hidden_layers) + 12 * d * tokens["held_out"]
     # All attention with gradients and moments, activations between blocks, the head, logits.
     joint = 4 * d * n_tokens + config.num_hidden_layers * (18 * after + 2048 * d)
     joint += 4 * config.vocab_size * (d + 9 * 512) + 6 * (mlp + after)
